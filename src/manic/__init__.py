@@ -1,0 +1,6 @@
+"""manic: wrap the optimizer you have, and never tune its learning rate again (Mechanic, arXiv 2306.00144)."""
+
+from manic.mechanic import Mechanic, is_mechanized, mechanize
+
+__version__ = "0.1.0"
+__all__ = ["Mechanic", "is_mechanized", "mechanize"]

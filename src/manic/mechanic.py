@@ -1,0 +1,506 @@
+"""The wrapper: Algorithm 1 of arXiv 2306.00144 around any built ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from manic import checkpoint
+from manic.reduction import all_reduce
+from manic.storage import DELTA, REF, Slot, slots, wide
+from manic.sweeps import hold, measure, move
+from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+logger = logging.getLogger("manic")
+
+
+class Mechanic(Optimizer):
+    r"""Learns the scale of another optimizer's updates, so that its learning rate needs no tuning.
+
+    .. code-block:: text
+
+        Algorithm 1 of arXiv 2306.00144, n = len(betas); per step t, with the base optimizer's update u_t:
+            h_t     = < Δ_t , g_t + λ·(Σ s_t)·(‖g_t‖/‖x_t‖)·x_t >
+            m_t     = max(β·m_{t-1}, |h_t|)
+            v_t     = β²·v_{t-1} + h_t²
+            r_t     = max(0, β·r_{t-1} - s_t·h_t)
+            W_t     = (s_init/n)·m_t + r_t
+            s_{t+1} = W_t / (√v_t + ε)
+            Δ_{t+1} = Δ_t + u_t
+            x_{t+1} = x_ref + (Σ s_{t+1})·Δ_{t+1}
+
+    The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
+    optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
+    ``mechanic_state`` (float64 [4n + 7], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
+    ``mechanic_options`` and ``mechanic_scheduler`` (dicts); in ``state[p]``, from p's first step on,
+    ``mechanic_ref`` and ``mechanic_delta`` (shape of p, float32 or better).
+
+    Args:
+        base_optimizer: an optimizer that is already built, on any lr.
+        scheduler: an LR scheduler built on `base_optimizer`. It is stepped once per :meth:`step`; do not
+            step it yourself. A scheduler that you step yourself may be built on either optimizer instead.
+        variant: ``"scale_free"`` gives the same run at every base lr: the base works at lr / base lr, and
+            λ and the start are relative. ``"paper"`` is Algorithm 1 to the letter.
+        betas: decay of each of the n accumulators, in [0, 1].
+        s_decay: λ, >= 0.
+        s_init: the first scale, > 0. None: 1e-8 (``"paper"``), or the scale whose first step moves x by
+            1e-4·(1 + ‖x_ref‖) (``"scale_free"``).
+        eps: ε, > 0, in ``"paper"``; ``"scale_free"`` needs none.
+        store_delta: False keeps one tensor per parameter instead of two and recomputes Δ as (x - x_ref)/S.
+            Not for bfloat16 and float16 parameters, whose digits do not hold Δ.
+        per_group: learn one scale per param group.
+        device: where the accumulators live and are updated. None: the first parameter's device.
+        process_group: the ranks that share one model whose parameters are spread over them without a mark
+            on the tensors (FSDP1, pipeline stages): their sums are added up, in one all-reduce per step.
+        log_func: called with ``{"iter_count": int, "s": float, "h": float, "effective_lr": list[float],
+            "skipped": int}``; with `per_group` ``s`` and ``h`` are lists. None: ``logging.getLogger("manic")``.
+        log_every: call `log_func` every that many steps; 0: never, and nothing is read back from the device.
+
+    Raises:
+        TypeError: `base_optimizer` is no optimizer instance, or `scheduler` no LR scheduler of a kind that
+            can be stepped without a metric.
+        ValueError: an option out of its range, an optimizer that is wrapped already, a scheduler built on
+            another optimizer, parameters that `store_delta=False` cannot serve.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        scheduler: LRScheduler | None = None,
+        *,
+        variant: str = "scale_free",
+        betas: tuple[float, ...] = DEFAULT_BETAS,
+        s_decay: float = 0.01,
+        s_init: float | None = None,
+        eps: float = 1e-8,
+        store_delta: bool = True,
+        per_group: bool = False,
+        device: torch.device | str | None = None,
+        process_group: ProcessGroup | None = None,
+        log_func: Callable[[dict[str, Any]], object] | None = None,
+        log_every: int = 0,
+    ) -> None:
+        _check_base(base_optimizer)
+        _check_scheduler(scheduler, base_optimizer)
+        self._options = Options(variant, betas, s_decay, s_init, eps, bool(store_delta), bool(per_group))
+        if log_func is not None and not callable(log_func):
+            raise TypeError(f"log_func must be callable, got {log_func!r}")
+        if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 0:
+            raise ValueError(f"log_every must be an int >= 0 (0: never), got {log_every!r}")
+        for group in base_optimizer.param_groups:
+            self._check_params(group["params"], self._options)
+
+        # Optimizer.__init__ would build param_groups and state of its own; these are the parts that it adds.
+        # The hooks must not be the base's: each would be called twice.
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+        self._warned_capturable_if_run_uncaptured = True
+
+        self.base_optimizer = base_optimizer
+        self.scheduler = scheduler
+        self.process_group = process_group
+        self.log_func = log_func
+        self.log_every = log_every
+        first = next(p for group in base_optimizer.param_groups for p in group["params"])
+        self._device = torch.device(device) if device is not None else first.device
+        self._calls = 0
+        self._stepping = self._warned = False
+        self._watch_base()
+        self._start_afresh()
+
+    # ------------------------------------------------------------------ the algorithm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of Algorithm 1: the base optimizer's update, at the learned scale.
+
+        A gradient that is not finite (or whose squares overflow float32) changes nothing but the count of
+        skipped steps: on the CPU the base and the scheduler are not stepped at all; elsewhere, where looking
+        at the flag would stall the device, the base sees gradients of zero.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, under ``enable_grad``, and as
+                often again as the base optimizer asks for it.
+
+        Returns:
+            the closure's loss, or None.
+        """
+        loss, closure = _evaluate(closure)
+        active, idle = self._slots()
+        before = self._read("scale")  # S_t
+        sums = measure(active, before)  # ⟨Δ,g⟩ ⟨Δ,x⟩ ‖g‖² ‖x‖² ‖Δ‖²
+        ok = self._tune(sums)  # h m v r W → s_{t+1}
+        if not _known_false(ok):
+            after = self._read("scale")  # S_{t+1}
+            self._propose(active, closure, ok)  # x_t + u_t
+            update_sq = move(active, before, after, ok)  # Δ += u_t, x = x_ref + S·Δ
+            hold(idle, before, after)
+            self._store(active, update_sq)
+        self._log()
+        return loss
+
+    def _slots(self) -> tuple[list[Slot], list[Slot]]:
+        """The parameters that have a gradient, and those with a recomputed Δ that sit this step out."""
+        options = self._options
+        all_slots = list(
+            slots(self.param_groups, self.state, store_delta=options.store_delta, per_group=options.per_group)
+        )
+        active = [slot for slot in all_slots if slot.grad is not None]
+        idle = [slot for slot in all_slots if slot.grad is None and slot.delta is None]
+        return active, idle
+
+    def _tuners(self) -> list[Tensor]:
+        """The flat state of every learned scale: one, or one per group."""
+        groups = self.param_groups if self._options.per_group else self.param_groups[:1]
+        return [group["mechanic_state"] for group in groups]
+
+    def _read(self, field: str) -> Tensor:
+        """A 0-d field of every learned scale, [k]; a copy."""
+        n = len(self._options.betas)
+        return torch.stack([getattr(Tuner.unpack(flat, n), field) for flat in self._tuners()])
+
+    def _tune(self, sums: Tensor) -> Tensor:
+        """The scalar half of the step; returns whether the step counts, a 0-d bool on the tuner's device."""
+        sums[:, -1] = self._read("update_sq")
+        sums = all_reduce(sums, self.process_group)
+        ok = torch.isfinite(sums).all()
+        n = len(self._options.betas)
+        for flat, row in zip(self._tuners(), sums, strict=True):
+            new = tune(Tuner.unpack(flat, n), Sums(*row), ok, self._betas, self._options, self._unit)
+            flat.copy_(new.pack())
+        self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
+        return ok
+
+    def _propose(self, active: list[Slot], closure: Callable[[], Any] | None, ok: Tensor) -> None:
+        """The base optimizer's own step, then its scheduler's: the parameters hold x_t + u_t."""
+        if not _on_host(ok):
+            for slot in active:
+                assert slot.grad is not None
+                values = slot.grad._values() if slot.grad.is_sparse else slot.grad
+                values.masked_fill_(~ok.to(values.device), 0)
+        with self._unit_lr():
+            self._stepping = True
+            try:
+                self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+            finally:
+                self._stepping = False
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    @contextmanager
+    def _unit_lr(self) -> Iterator[None]:
+        """The base at lr / base lr: its schedule and the ratios of its groups stay, and the updates are large
+        enough beside the parameters that x_t + u_t - x_t keeps the digits of u_t."""
+        if self._unit == 1:
+            yield
+            return
+        lrs = [group.get("lr") for group in self.param_groups]
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            if lr is not None:
+                group["lr"] = lr / self._unit
+        try:
+            yield
+        finally:
+            for group, lr in zip(self.param_groups, lrs, strict=True):
+                if lr is not None:
+                    group["lr"] = lr
+
+    def _store(self, active: list[Slot], update_sq: Tensor) -> None:
+        """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them."""
+        for flat, value in zip(self._tuners(), update_sq, strict=True):
+            Tuner.unpack(flat, len(self._options.betas)).update_sq.copy_(value)
+        for slot in active:
+            if slot.entering:
+                self.state[slot.param][REF] = slot.ref
+                if slot.delta is not None:
+                    self.state[slot.param][DELTA] = slot.delta
+
+    # ------------------------------------------------------------------ what the user reads
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor on the base optimizer's updates, Σ s: float64 [], or [groups] with `per_group`; no sync.
+
+        A new tensor on the tuner's device.
+        """
+        scales = self._read("scale") / self._unit
+        return scales if self._options.per_group else scales[0]
+
+    def effective_lr(self) -> list[float]:
+        """The lr that each param group trains at: its current lr times the scale. One sync."""
+        scales = self.scale.expand(len(self.param_groups)).tolist()
+        return [float(group.get("lr", 1.0)) * scale for group, scale in zip(self.param_groups, scales, strict=True)]
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps skipped so far because a gradient was not finite: float64 [], a new tensor; no sync."""
+        return self._read("skipped")[0]
+
+    def _log(self) -> None:
+        self._calls += 1
+        if self.log_every == 0 or self._calls % self.log_every:
+            return
+        h = self._read("h")
+        data = {
+            "iter_count": self._calls,
+            "s": self.scale.tolist(),
+            "h": (h if self._options.per_group else h[0]).tolist(),
+            "effective_lr": self.effective_lr(),
+            "skipped": int(self.skipped),
+        }
+        if self.log_func is not None:
+            self.log_func(data)
+        else:
+            logger.info("step %(iter_count)d: scale %(s)s, effective lr %(effective_lr)s, skipped %(skipped)d", data)
+
+    # ------------------------------------------------------------------ the Optimizer contract
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's param groups: loading replaces them, so they are looked up every time."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    @disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As :meth:`torch.optim.Optimizer.zero_grad`."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    @disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As :meth:`torch.optim.Optimizer.add_param_group`.
+
+        The new parameters' x_ref is their value at their first step. The group shares the learned scale, or
+        starts its own with `per_group`.
+        """
+        before = len(self.param_groups)
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            self._check_params(self.param_groups[before]["params"], self._options)
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+        first = self.param_groups[0]
+        own = self._fresh_state() if self._options.per_group else first["mechanic_state"]
+        self.param_groups[before].update({k: v for k, v in first.items() if k.startswith("mechanic_")})
+        self.param_groups[before]["mechanic_state"] = own
+
+    @disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Everything: the base's state, the tuner, x_ref, Δ, the options and the scheduler. Copies no tensor.
+
+        Load it with ``torch.load(path, weights_only=True)`` and :meth:`load_state_dict`.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = checkpoint.pack(self)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _or(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    @disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume: the next :meth:`step` is the one that the saved run would have taken, bit for bit.
+
+        The tuner's options follow the checkpoint, with a warning that names those that differ; so do lr and
+        the other options of the base, as in torch. The state of a plain base optimizer (no wrapper) loads too:
+        then the tuner starts afresh, with a warning.
+
+        Raises:
+            ValueError: the checkpoint does not fit (format, base class, scheduler class, number of groups or
+                parameters, shapes). Nothing has been loaded then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _or(pre_hook(self, state_dict), state_dict)
+        checkpoint.unpack(self, state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # An LR scheduler patches `step` on the instance; the patch can be neither pickled nor copied.
+        return {key: value for key, value in vars(self).items() if key != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch_base()  # a copied or unpickled optimizer comes without its hooks
+
+    # ------------------------------------------------------------------ set-up
+
+    def _start_afresh(self) -> None:
+        """A tuner that has seen nothing, and the lr that it divides out, from the groups as they are."""
+        options = self._options
+        self._unit = 1.0
+        if options.variant == "scale_free":
+            lrs = [float(group.get("initial_lr", group["lr"])) for group in self.param_groups if "lr" in group]
+            self._unit = max(lrs, default=1.0) or 1.0
+        step = torch.zeros((), dtype=torch.float32, device=self._device)
+        shared = self._fresh_state()
+        for group in self.param_groups:
+            group["mechanic_state"] = self._fresh_state() if options.per_group else shared
+            group["mechanic_step"] = step
+        self._calls = 0
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows from the options and the unit: the β on the device, and the groups' own record of both."""
+        self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
+        for group in self.param_groups:
+            group["mechanic_options"] = checkpoint.options_of(self)
+            if self.scheduler is not None:
+                group["mechanic_scheduler"] = copy.deepcopy(self.scheduler.state_dict())
+
+    def _fresh_state(self) -> Tensor:
+        size = Tuner.size(len(self._options.betas))
+        return torch.zeros(size, dtype=_precise(self._device), device=self._device)
+
+    @staticmethod
+    def _check_params(params: list[Tensor], options: Options) -> None:
+        for p in params:
+            if hasattr(p, "to_local"):
+                raise ValueError("sharded parameters (DTensor) are not supported by this version of manic")
+            if not options.store_delta and wide(p.dtype) != p.dtype:
+                raise ValueError(
+                    f"store_delta=False recomputes Δ from the parameters, and the digits of {p.dtype} cannot hold it; "
+                    "use store_delta=True, or keep the parameters in float32 (autocast computes in bfloat16)"
+                )
+
+    def _watch_base(self) -> None:
+        # Some wrappers skip Optimizer.__init__ and have no hooks; they go unwatched.
+        if hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
+            self.base_optimizer.register_step_pre_hook(self._on_base_step)
+
+    def _on_base_step(self, *_: object) -> None:
+        if not self._stepping and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(self.base_optimizer).__name__}.step() was called behind the Mechanic that wraps it: that "
+                "update is not scaled. Call the Mechanic's step() alone.",
+                stacklevel=4,
+            )
+
+
+def mechanize(base: Callable[..., Optimizer], **options: Any) -> Callable[..., Mechanic]:
+    """For code that builds its optimizer by class: ``mechanize(torch.optim.SGD)(model.parameters(), lr=0.1)``.
+
+    Args:
+        base: an optimizer class.
+        options: keyword arguments of :class:`Mechanic`.
+
+    Returns:
+        a function of the base's own arguments that returns a :class:`Mechanic`.
+    """
+    if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, Mechanic):
+        raise TypeError(
+            f"mechanize takes an optimizer class, such as torch.optim.SGD, not {base!r}; "
+            "an optimizer that is built already goes to Mechanic(optimizer)"
+        )
+
+    def build(*args: Any, **base_options: Any) -> Mechanic:
+        return Mechanic(base(*args, **base_options), **options)
+
+    build.__name__ = build.__qualname__ = f"Mechanic{base.__name__}"
+    return build
+
+
+def is_mechanized(optimizer: object) -> bool:
+    """Whether `optimizer` is a :class:`Mechanic`."""
+    return isinstance(optimizer, Mechanic)
+
+
+def _evaluate(closure: Callable[[], Any] | None) -> tuple[Any, Callable[[], Any] | None]:
+    """The loss, and a closure for the base whose first call returns that loss without computing it again."""
+    if closure is None:
+        return None, None
+    evaluate = torch.enable_grad()(closure)
+    loss = evaluate()
+    first = [loss]
+    return loss, lambda: first.pop() if first else evaluate()
+
+
+def _on_host(ok: Tensor) -> bool:
+    """Whether the host can act upon `ok` without waiting for a device."""
+    return ok.device.type == "cpu"
+
+
+def _known_false(ok: Tensor) -> bool:
+    return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _or(new: Any, old: Any) -> Any:
+    return old if new is None else new
+
+
+def _check_base(base: object) -> None:
+    if isinstance(base, type):
+        raise TypeError(
+            f"Mechanic wraps an optimizer that is built already, not the class {base.__name__}: "
+            f"Mechanic({base.__name__}(model.parameters(), lr=...)), or mechanize({base.__name__})(model.parameters())"
+        )
+    if isinstance(base, Mechanic):
+        raise ValueError("this optimizer is a Mechanic already; wrap the plain optimizer, once")
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if any("mechanic_state" in group for group in base.param_groups):
+        raise ValueError(f"this {type(base).__name__} is wrapped by another Mechanic already; build a new one")
+
+
+def _check_scheduler(scheduler: object, base: Optimizer) -> None:
+    if scheduler is None:
+        return
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau needs a metric in every step, which Mechanic does not have: leave it out here, "
+            "build it on the optimizer or the Mechanic, and step it yourself"
+        )
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}")
+    if scheduler.optimizer is not base:
+        raise ValueError(
+            f"the {type(scheduler).__name__} was built on another optimizer: build it on the {type(base).__name__} "
+            "that you wrap, before you wrap it"
+        )

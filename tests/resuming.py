@@ -1,0 +1,133 @@
+"""Every case of the resume matrix. Run as a script it is the new process: it resumes, and saves where it ends.
+
+python resuming.py OPTIMIZER CHECKPOINTS RESULTS
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from manic import Mechanic
+
+STEPS = 30
+SAVED_AT = (0, 1, 25)
+LR = 1.0
+
+
+def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """Every optimizer that this torch has."""
+    found = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    return {
+        name: value for name, value in found.items() if issubclass(value, torch.optim.Optimizer) and name != "Optimizer"
+    }
+
+
+class Case(NamedTuple):
+    optimizer: str
+    scheduler: str
+    variant: str
+    store_delta: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+
+def cases(optimizer: str) -> list[Case]:
+    storage = [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)]  # bf16 cannot be recomputed
+    schedulers = ("none", "cosine", "onecycle", "sequential")
+    product = itertools.product(schedulers, ("scale_free", "paper"), storage)
+    return [Case(optimizer, scheduler, variant, *stored) for scheduler, variant, stored in product]
+
+
+class Run:
+    """A tiny network, or an embedding with sparse gradients, with its Mechanic."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(6, 5), (5, 3)]
+        self.sparse = case.optimizer == "SparseAdam"
+        self.parameters = [nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(case.dtype)) for s in shapes]
+        if self.sparse:
+            self.parameters = self.parameters[:1]
+        options: dict[str, Any] = {"SGD": {"momentum": 0.9}, "LBFGS": {"max_iter": 4}}.get(case.optimizer, {})
+        base = optimizers()[case.optimizer](self.parameters, lr=LR, **options)
+        self.closure = case.optimizer == "LBFGS"
+        schedule = self.schedule(case.scheduler, base)
+        start = {"s_init": 1e-2} if case.variant == "paper" else {}
+        self.mechanic = Mechanic(base, schedule, variant=case.variant, store_delta=case.store_delta, **start)
+
+    @staticmethod
+    def schedule(name: str, base: torch.optim.Optimizer) -> Any:
+        schedulers = torch.optim.lr_scheduler
+        if name == "cosine":
+            return schedulers.CosineAnnealingLR(base, T_max=STEPS)
+        if name == "onecycle":
+            cycles = any(key in base.defaults for key in ("momentum", "betas"))
+            return schedulers.OneCycleLR(base, max_lr=LR, total_steps=STEPS + 1, div_factor=2, cycle_momentum=cycles)
+        if name == "sequential":
+            parts = [schedulers.LinearLR(base, total_iters=5), schedulers.ExponentialLR(base, gamma=0.9)]
+            return schedulers.SequentialLR(base, parts, milestones=[5])
+        return None
+
+    def loss(self, t: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 + t)
+        first = self.parameters[0]
+        if self.sparse:
+            rows = torch.randint(6, (3,), generator=generator)
+            return F.embedding(rows, first, sparse=True).float().square().sum()
+        x, y = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
+        return ((x.to(first.dtype) @ first).tanh() @ self.parameters[1] - y.to(first.dtype)).float().square().mean()
+
+    def train(self, steps: range) -> Iterator[int]:
+        for t in steps:
+            yield t
+
+            def closure(t: int = t) -> Tensor:
+                self.mechanic.zero_grad()
+                loss = self.loss(t)
+                loss.backward()
+                return loss
+
+            if self.closure:
+                self.mechanic.step(closure)
+            else:
+                closure()
+                self.mechanic.step()
+        yield steps.stop
+
+    def state(self) -> dict[str, Any]:
+        return {"model": list(self.parameters), "mechanic": self.mechanic.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for p, saved in zip(self.parameters, state["model"], strict=True):
+                p.copy_(saved)
+        self.mechanic.load_state_dict(state["mechanic"])
+
+
+def main(optimizer: str, checkpoints: str, results: str) -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
+    saved = torch.load(checkpoints, weights_only=True)
+    ends = {}
+    for case in cases(optimizer):
+        for at in SAVED_AT:
+            run = Run(case, seed=99)
+            run.load(saved[case.name, at])
+            list(run.train(range(at, STEPS)))
+            ends[case.name, at] = [p.detach() for p in run.parameters], run.mechanic.scale
+    torch.save(ends, results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

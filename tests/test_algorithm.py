@@ -1,0 +1,318 @@
+"""The algorithm against the float64 plain-Python oracle, and the variants against their promises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from conftest import Problem, cosine, flat, gap
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from manic import Mechanic, sweeps
+from manic.storage import Slot
+
+STEPS = 200
+
+
+class Sign(torch.optim.Optimizer):
+    """The custom optimizer of oracle.sign, with an option that torch's optimizers do not have."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "power": 0.5})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(group["lr"] * p.grad.sign() * p.abs() ** group["power"])
+
+
+BASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[], oracle.Update]]] = {
+    "sgd": (lambda p: torch.optim.SGD(p, lr=0.5), lambda: oracle.sgd(0.5)),
+    "momentum": (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda: oracle.sgd(0.1, 0.9)),
+    "nesterov": (
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda: oracle.sgd(0.1, 0.9, nesterov=True),
+    ),
+    "adamw": (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1), lambda: oracle.adamw(0.1, 0.1)),
+    "custom": (lambda p: Sign(p, lr=0.1), lambda: oracle.sign(0.1)),
+}
+
+
+def run_both(
+    problem: Problem, base: str, dtype: torch.dtype, scheduled: bool, unit: float = 1.0, **options: Any
+) -> tuple[float, float]:
+    """Gap of the parameters and relative gap of the scale after STEPS, Mechanic against the oracle.
+
+    `unit`: the base lr, where the oracle's base works at 1/unit of it and its scale is unit times as large.
+    """
+    build, update = BASES[base]
+    factor = cosine(STEPS) if scheduled else lambda t: 1.0
+    parameters = problem.parameters(dtype)
+    optimizer = build(parameters)
+    mechanic = Mechanic(optimizer, LambdaLR(optimizer, factor) if scheduled else None, **options)
+    problem.train(parameters, mechanic, STEPS)
+
+    start = flat(problem.parameters(dtype)).tolist()
+    trace = oracle.mechanic(start, problem.gradient, update(), lambda t: factor(t) / unit, STEPS, **options)
+    *_, (x, scale) = trace
+    assert scale > 1e-4, "the scale never started: the comparison would be vacuous"
+    return gap(flat(parameters).detach(), x, start), abs(mechanic.scale.item() * unit - scale) / scale
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "cosine"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
+def test_paper_is_algorithm_1(
+    problem: Problem, base: str, scheduled: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    parameters_gap, scale_gap = run_both(problem, base, dtype, scheduled, variant="paper", s_init=1e-4)
+    assert parameters_gap < tolerance
+    assert scale_gap < tolerance * 10
+
+
+def test_paper_with_all_defaults_is_algorithm_1(problem: Problem) -> None:
+    parameters_gap, _ = run_both(problem, "momentum", torch.float64, False, variant="paper")
+    assert parameters_gap < 1e-10
+
+
+@pytest.mark.parametrize(
+    "options", [{"betas": (0.0, 0.5, 1.0)}, {"s_decay": 0.5}, {"eps": 0.1}, {"s_init": 0.01}], ids=str
+)
+def test_every_option_is_the_papers(problem: Problem, options: dict[str, Any]) -> None:
+    options = {"s_init": 1e-4, **options}
+    parameters_gap, _ = run_both(problem, "sgd", torch.float64, True, variant="paper", **options)
+    assert parameters_gap < 1e-10
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "cosine"])
+@pytest.mark.parametrize(("base", "unit"), [("sgd", 0.5), ("momentum", 0.1), ("adamw", 0.1), ("custom", 0.1)])
+def test_scale_free_is_its_own_equations(problem: Problem, base: str, unit: float, scheduled: bool) -> None:
+    parameters_gap, scale_gap = run_both(problem, base, torch.float64, scheduled, unit, variant="scale_free")
+    assert parameters_gap < 1e-10
+    assert scale_gap < 1e-9
+
+
+def test_the_oracle_is_sensitive(problem: Problem) -> None:
+    """The comparisons above can fail: another λ is seen at once."""
+    start = problem.start
+    *_, (x, _) = oracle.mechanic(start, problem.gradient, oracle.sgd(0.5), lambda t: 1.0, STEPS, s_decay=0.02)
+    *_, (y, _) = oracle.mechanic(start, problem.gradient, oracle.sgd(0.5), lambda t: 1.0, STEPS, s_decay=0.01)
+    assert gap(x, y, start) > 1e-5
+
+
+INVARIANT = {
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr=lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
+    "nesterov": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adamw": lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.1),
+    "rmsprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr),
+    # Their updates are not proportional to lr: they work as at lr = 1, whatever the base lr.
+    "rprop": lambda p, lr: torch.optim.Rprop(p, lr=lr),
+    "asgd": lambda p, lr: torch.optim.ASGD(p, lr=lr),
+    "adafactor": lambda p, lr: torch.optim.Adafactor(p, lr=lr),
+}
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "cosine"])
+@pytest.mark.parametrize("base", INVARIANT)
+def test_scale_free_gives_the_same_run_at_every_base_lr(problem: Problem, base: str, scheduled: bool) -> None:
+    ends, learned = {}, {}
+    for lr in (1e-8, 1e-4, 1.0, 1e4):
+        parameters = problem.parameters()
+        optimizer = INVARIANT[base](parameters, lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS) if scheduled else None
+        mechanic = Mechanic(optimizer, schedule)
+        problem.train(parameters, mechanic, STEPS - 1)
+        ends[lr], learned[lr] = flat(parameters).detach(), mechanic.effective_lr()[0]
+    for lr, end in ends.items():
+        assert gap(end, ends[1.0], problem.start) < 1e-3
+        assert learned[lr] == pytest.approx(learned[1.0], rel=1e-3)
+        assert learned[lr] > 0
+
+
+def test_paper_depends_on_the_base_lr(problem: Problem) -> None:
+    """What the test above would show of a wrapper without the variant."""
+    ends = []
+    for lr in (1e-4, 1.0):
+        parameters = problem.parameters()
+        problem.train(parameters, Mechanic(INVARIANT["adamw"](parameters, lr), variant="paper"), STEPS)
+        ends.append(flat(parameters).detach())
+    assert gap(ends[0], ends[1], problem.start) > 1e-2
+
+
+def test_the_ratios_of_the_groups_lrs_are_kept(problem: Problem) -> None:
+    """Groups at lr a and b are one group at lr b whose first half has its gradient (of SGD) times a/b."""
+    ends = []
+    for lrs, factor in (((3e-5, 1e-5), 1.0), ((1e3, 1e3), 3.0)):
+        parameters = problem.parameters(torch.float64)
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, lrs, strict=True)]
+        mechanic = Mechanic(torch.optim.SGD(groups), s_decay=0.0, betas=(0.9, 0.999))
+
+        # The base sees scaled gradients, the tuner the raw ones: scaled between the two, by a hook on the base.
+        def scale_first(*_: Any, parameters: Any = parameters, factor: float = factor) -> None:
+            parameters[0].grad.mul_(factor)
+
+        mechanic.base_optimizer.register_step_pre_hook(scale_first)
+        problem.train(parameters, mechanic, 100)
+        ends.append(flat(parameters).detach())
+    # The size of an update enters the start alone, and is 3 times as large in the second run.
+    assert gap(ends[0], ends[1], problem.start) < 0.2
+    assert mechanic.effective_lr()[0] == mechanic.effective_lr()[1]
+
+
+def test_effective_lr_is_group_lr_times_scale(trained: Any) -> None:
+    _, mechanic = trained(lr=1e-3)
+    mechanic.param_groups[0]["lr"] = 0.5
+    assert mechanic.effective_lr() == [0.5 * mechanic.scale.item()]
+    assert mechanic.scale.item() > 1e-6
+
+
+@pytest.mark.parametrize("variant", ["paper", "scale_free"])
+def test_per_group_is_one_mechanic_per_group(problem: Problem, variant: str) -> None:
+    options = {"variant": variant, "s_init": 1e-3}
+    together, apart = problem.parameters(torch.float64), problem.parameters(torch.float64)
+    one = Mechanic(torch.optim.AdamW([{"params": [p]} for p in together], lr=0.1), per_group=True, **options)
+    two = [Mechanic(torch.optim.AdamW([p], lr=0.1), **options) for p in apart]
+    for t in range(100):
+        problem.loss(together, t).backward()
+        problem.loss(apart, t).backward()
+        for optimizer in (one, *two):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert one.scale.shape == (2,)
+    assert one.scale.tolist() == pytest.approx([mechanic.scale.item() for mechanic in two])
+    assert one.scale[0] != one.scale[1]
+    assert gap(flat(together).detach(), flat(apart).detach(), problem.start) < 1e-10
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_recomputed_delta_starts_and_follows_the_stored_one(problem: Problem, base: str) -> None:
+    losses = []
+    for store_delta in (True, False):
+        parameters = problem.parameters()
+        mechanic = Mechanic(INVARIANT[base](parameters, 1e-3), store_delta=store_delta)
+        problem.train(parameters, mechanic, 400)
+        losses.append(sum(problem.loss(parameters, t).item() for t in range(4)))
+        assert mechanic.scale > 0
+        assert ("mechanic_delta" in mechanic.state[parameters[0]]) == store_delta
+    start = sum(problem.loss(problem.parameters(), t).item() for t in range(4))
+    assert losses[0] < 0.3 * start
+    assert losses[1] - losses[0] < 0.05 * (start - losses[0])
+
+
+def test_recomputed_delta_starts_when_the_schedule_starts_at_zero(problem: Problem) -> None:
+    parameters = problem.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1.0)
+    mechanic = Mechanic(optimizer, LambdaLR(optimizer, lambda t: min(1.0, t / 20)), store_delta=False)
+    problem.train(parameters, mechanic, 60)
+    assert mechanic.scale > 0
+    gap(flat(parameters).detach(), flat(parameters).detach(), problem.start)  # it moved
+
+
+# ---------------------------------------------------------------- the sweeps
+
+
+def slot(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Slot:
+    generator = torch.Generator().manual_seed(0)
+    p, g = (torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    ref, delta = p.to(torch.promote_types(dtype, torch.float32)), torch.zeros(n)
+    return Slot(**{"param": nn.Parameter(p), "grad": g, "sign": 1.0, "index": 0, "ref": ref, "delta": delta, **changes})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-7), (torch.bfloat16, 3e-6)])
+def test_sums_over_many_elements_keep_their_digits(dtype: torch.dtype, tolerance: float) -> None:
+    """10 million squares, of which one float32 dot would lose the sixth digit."""
+    one = slot(10_000_000, dtype)
+    values = one.param.detach().float()
+    assert torch.dot(values, values).item() != pytest.approx(values.double().square().sum().item(), rel=1e-6)
+    sums = sweeps.measure([one], torch.zeros(1, dtype=torch.float64))[0]
+    assert one.grad is not None
+    assert sums[2].item() == pytest.approx(one.grad.double().square().sum().item(), rel=tolerance)
+    assert sums[3].item() == pytest.approx(one.param.detach().double().square().sum().item(), rel=tolerance)
+
+
+def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    dot = torch.dot
+    monkeypatch.setattr(torch, "dot", lambda a, b: sizes.append(a.numel()) or dot(a, b))
+    wide = torch.randn(400, 3000).t()  # a transposed view: neither flat nor cut along dimension 0
+    for p in (torch.randn(300_001), torch.randn(8, 3, 200, 200).to(memory_format=torch.channels_last), wide):
+        one = slot(1, param=nn.Parameter(p), grad=torch.ones_like(p), ref=p.clone(), delta=torch.zeros_like(p))
+        sums = sweeps.measure([one], torch.zeros(1, dtype=torch.float64))[0]
+        assert sums[2].item() == p.numel()
+    assert max(sizes) <= 128 * 1024
+
+
+class Watch(TorchDispatchMode):
+    """Counts what reads a device from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "local_scalar_dense" in str(func) or func.overloadpacket is torch.ops.aten.equal:
+            self.reads.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
+def test_step_reads_nothing_back(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
+    parameters, mechanic = trained(torch.optim.SGD, 5, **options)
+    problem.loss(parameters, 5).backward()
+    with Watch() as watch:
+        mechanic.step()
+    assert watch.reads == []
+    with Watch() as watch:
+        mechanic.scale.sum().item()
+    assert len(watch.reads) == 1, "the watch sees a read when there is one"
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
+def test_step_reads_nothing_back_off_the_cpu(options: dict[str, Any]) -> None:
+    """On the meta device there is nothing to read: any look at a value raises."""
+    parameters = [nn.Parameter(torch.empty(5, 3, device="meta")), nn.Parameter(torch.empty(4, device="meta"))]
+    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1, momentum=0.9)
+    mechanic = Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10), **options)
+    for _ in range(3):
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        mechanic.step()
+    assert mechanic.scale.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        mechanic.effective_lr()
+
+
+def test_the_accumulators_live_on_the_device_that_was_asked_for() -> None:
+    p = nn.Parameter(torch.ones(3))
+    mechanic = Mechanic(torch.optim.SGD([p], lr=0.1), device="meta")
+    assert mechanic.param_groups[0]["mechanic_state"].device.type == "meta"
+    assert mechanic.scale.device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64])
+def test_dtypes_of_the_state(dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.randn(4, dtype=torch.float32).to(dtype))
+    mechanic = Mechanic(torch.optim.SGD([p], lr=0.1))
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        mechanic.step()
+    wide = {torch.float64: torch.float64, torch.complex64: torch.complex64}.get(dtype, torch.float32)
+    assert {mechanic.state[p][key].dtype for key in ("mechanic_ref", "mechanic_delta")} == {wide}
+    assert mechanic.scale.dtype == torch.float64
+    assert math.isfinite(mechanic.scale.item())
+
+
+def test_float32_would_not_hold_the_betas() -> None:
+    """Why the accumulators are float64: in float32 the slowest one would decay by 1 % too fast."""
+    assert abs((1 - torch.tensor(0.999999, dtype=torch.float32).double().item()) / 1e-6 - 1) > 0.01
+    p = nn.Parameter(torch.ones(3))
+    assert Mechanic(torch.optim.SGD([p], lr=0.1))._betas[-1].item() == 0.999999

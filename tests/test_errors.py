@@ -1,0 +1,112 @@
+"""Wrong use: a message that names what was given and what to do, and nothing changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+
+from manic import Mechanic, mechanize
+
+
+def sgd(**options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, **options)
+
+
+WRONG_OPTIONS = [
+    ({"variant": "Paper"}, "'Paper'"),
+    ({"betas": ()}, "non-empty"),
+    ({"betas": 0.9}, "0.9"),
+    ({"betas": "0.9"}, "non-empty"),
+    ({"betas": (0.9, 1.5)}, r"1\.5"),
+    ({"betas": (-0.1,)}, r"-0\.1"),
+    ({"betas": (0.9, "x")}, "'x'"),
+    ({"s_decay": -1e-9}, "s_decay must be >= 0, got -1e-09"),
+    ({"s_decay": float("nan")}, "s_decay"),
+    ({"s_init": 0.0}, "s_init must be > 0, got 0.0"),
+    ({"s_init": -1}, "s_init"),
+    ({"s_init": True}, "s_init"),
+    ({"s_init": float("inf")}, "s_init"),
+    ({"eps": 0}, "eps must be > 0, got 0"),
+    ({"eps": None}, "eps"),
+    ({"log_every": -1}, "log_every.*-1"),
+    ({"log_every": 2.5}, "log_every.*2.5"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_OPTIONS, ids=str)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    optimizer = sgd()
+    before = dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=message):
+        Mechanic(optimizer, **options)
+    assert optimizer.param_groups[0] == before
+    assert Mechanic(optimizer).base_optimizer is optimizer, "a failed attempt left the optimizer wrapped"
+
+
+def test_log_func_must_be_callable() -> None:
+    with pytest.raises(TypeError, match=r"log_func.*3"):
+        Mechanic(sgd(), log_func=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("betas", [[0.5], (0.0, 1.0), (1,)])
+def test_betas_at_the_ends_of_their_range_are_fine(betas: Any) -> None:
+    assert Mechanic(sgd(), betas=betas).scale == 0
+
+
+def test_a_class_is_not_an_instance() -> None:
+    with pytest.raises(TypeError, match=r"not the class SGD: Mechanic\(SGD\(model.parameters\(\), lr=...\)\)"):
+        Mechanic(torch.optim.SGD)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, nn.Linear(1, 1)])
+def test_not_an_optimizer(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=f"torch.optim.Optimizer, got {type(wrong).__name__}"):
+        Mechanic(wrong)
+
+
+def test_wrapped_twice() -> None:
+    optimizer = sgd()
+    mechanic = Mechanic(optimizer)
+    with pytest.raises(ValueError, match="already"):
+        Mechanic(mechanic)
+    with pytest.raises(ValueError, match="SGD is wrapped by another Mechanic"):
+        Mechanic(optimizer)
+
+
+def test_schedulers_that_cannot_be_inside() -> None:
+    optimizer = sgd()
+    with pytest.raises(TypeError, match="ReduceLROnPlateau"):
+        Mechanic(optimizer, ReduceLROnPlateau(optimizer))
+    with pytest.raises(TypeError, match=r"LRScheduler, got 0\.1"):
+        Mechanic(optimizer, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="ExponentialLR was built on another optimizer"):
+        Mechanic(optimizer, ExponentialLR(sgd(), 0.9))
+    assert "mechanic_state" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recomputed_delta_needs_digits(dtype: torch.dtype) -> None:
+    low = torch.optim.SGD([nn.Parameter(torch.ones(3, dtype=dtype))], lr=0.1)
+    with pytest.raises(ValueError, match=f"{dtype}.*use store_delta=True"):
+        Mechanic(low, store_delta=False)
+    mechanic = Mechanic(sgd(), store_delta=False)
+    with pytest.raises(ValueError, match=f"{dtype}.*use store_delta=True"):
+        mechanic.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
+    assert len(mechanic.param_groups) == 1
+
+
+def test_a_bad_group_is_refused_by_torch_and_leaves_nothing() -> None:
+    mechanic = Mechanic(sgd())
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        mechanic.add_param_group({"params": mechanic.param_groups[0]["params"]})
+    assert len(mechanic.param_groups) == 1
+
+
+@pytest.mark.parametrize("wrong", ["SGD", nn.Linear, Mechanic, sgd()])
+def test_mechanize_takes_an_optimizer_class(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="takes an optimizer class"):
+        mechanize(wrong)

@@ -1,0 +1,347 @@
+"""Resume, bit for bit: a new process, a new model, torch.load(weights_only=True)."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resuming
+import torch
+from conftest import Problem, flat
+from resuming import SAVED_AT, STEPS, Run, cases, optimizers
+
+from manic import Mechanic
+
+
+@pytest.mark.parametrize("optimizer", sorted(optimizers()))
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+def test_a_new_process_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    checkpoints: dict[Any, Any] = {}
+    whole = {}
+    for case in cases(optimizer):
+        run = Run(case, seed=0)
+        for t in run.train(range(STEPS)):
+            if t in SAVED_AT:
+                checkpoints[case.name, t] = copy.deepcopy(run.state())
+        whole[case.name] = run
+        assert run.mechanic.scale > 0, case.name
+        for at in (0, 1):
+            saved = checkpoints[case.name, at]["model"]
+            assert not torch.equal(flat(saved), flat(run.parameters)), f"{case.name} did not move"
+    torch.save(checkpoints, tmp_path / "checkpoints.pt")
+    command = [sys.executable, resuming.__file__, optimizer, tmp_path / "checkpoints.pt", tmp_path / "results.pt"]
+    subprocess.run(command, check=True)
+
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert len(results) == 24 * 3
+    for (name, at), (parameters, scale) in results.items():
+        for resumed, uninterrupted in zip(parameters, whole[name].parameters, strict=True):
+            assert torch.equal(resumed, uninterrupted), f"{name} saved at step {at}"
+        assert torch.equal(scale, whole[name].mechanic.scale)
+
+
+@pytest.mark.parametrize(
+    "drop", ["mechanic_state", "mechanic_ref", "mechanic_delta", "mechanic_scheduler", "momentum_buffer"]
+)
+def test_the_matrix_sees_what_is_lost(drop: str) -> None:
+    """Bitwise equality is no accident of these runs: each part of the state that is zeroed changes the end."""
+    # A stored Δ heals a lost x_ref (x = x_ref + S·Δ), so x_ref is tried where Δ hangs on it.
+    store_delta = drop != "mechanic_ref"
+    case = next(c for c in cases("SGD") if c.scheduler == "cosine" and c.store_delta == store_delta)
+    run = Run(case, seed=0)
+    state: dict[str, Any] = {}
+    for t in run.train(range(STEPS)):
+        if t == 25:
+            state = copy.deepcopy(run.state())
+    for group in state["mechanic"]["param_groups"]:
+        if drop == "mechanic_state":
+            group[drop].zero_()
+        if drop == "mechanic_scheduler":
+            group[drop]["last_epoch"] = 0
+    for values in state["mechanic"]["state"].values():
+        if drop in values:
+            values[drop].zero_()
+    again = Run(case, seed=1)
+    again.load(state)
+    list(again.train(range(25, STEPS)))
+    assert not torch.equal(flat(again.parameters), flat(run.parameters))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("scheduler", ["none", "cosine", "sequential"])
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.filterwarnings(
+    "ignore:Seems like `optimizer.step"
+)  # torch's, of any scheduler copied before its first step
+def test_deepcopy_and_pickle_of_a_live_mechanic(way: str, scheduler: str) -> None:
+    for at in SAVED_AT:
+        run = Run(next(c for c in cases("AdamW") if c.scheduler == scheduler), seed=0)
+        list(run.train(range(at)))
+        twin = copy.deepcopy(run) if way == "deepcopy" else pickle.loads(pickle.dumps(run))
+        assert twin.mechanic.param_groups[0]["params"][0] is twin.parameters[0]
+        for each in (run, twin):
+            list(each.train(range(at, STEPS)))
+        assert torch.equal(flat(run.parameters), flat(twin.parameters))
+        assert twin.mechanic.scale > 0
+        assert (
+            twin.mechanic.state[twin.parameters[0]]["mechanic_ref"]
+            is not run.mechanic.state[run.parameters[0]]["mechanic_ref"]
+        )
+
+
+def test_a_copy_with_a_scheduler_on_the_wrapper(problem: Problem) -> None:
+    """The scheduler patches `step` on the instance; the patch must not travel."""
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.SGD(parameters, lr=1.0))
+    torch.optim.lr_scheduler.ExponentialLR(mechanic, gamma=0.9)
+    problem.train(parameters, mechanic, 3)
+    twin, other = copy.deepcopy((mechanic, parameters))
+    problem.train(other, twin, range(3, 6))
+    assert not torch.equal(flat(parameters), flat(other)), "the copy stepped the original"
+
+
+def test_loading_copies(trained: Any, problem: Problem) -> None:
+    _, mechanic = trained()
+    _, other = trained(steps=0)
+    state = copy.deepcopy(mechanic.state_dict())
+    other.load_state_dict(state)
+    kept = copy.deepcopy(state)
+    problem.train(other.param_groups[0]["params"], other, 3)
+    for key in ("mechanic_ref", "mechanic_delta"):
+        assert torch.equal(state["state"][0][key], kept["state"][0][key])
+    assert torch.equal(state["param_groups"][0]["mechanic_state"], kept["param_groups"][0]["mechanic_state"])
+
+
+def test_state_dict_copies_no_tensor(trained: Any) -> None:
+    parameters, mechanic = trained()
+    state = mechanic.state_dict()
+    for i, p in enumerate(parameters):
+        for key, value in mechanic.state[p].items():
+            assert state["state"][i][key] is value
+
+
+def test_load_state_dict_of_ones_own_state_before_any_step_changes_nothing(problem: Problem) -> None:
+    """Accelerate does this in prepare()."""
+    ends = []
+    for reload in (False, True):
+        parameters = problem.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        mechanic = Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20))
+        if reload:
+            mechanic.load_state_dict(mechanic.state_dict())
+        problem.train(parameters, mechanic, 20)
+        ends.append(flat(parameters))
+    assert torch.equal(*ends)
+
+
+def test_per_group_resumes(problem: Problem, tmp_path: Path) -> None:
+    def build() -> tuple[Any, Mechanic]:
+        parameters = problem.parameters()
+        return parameters, Mechanic(torch.optim.AdamW([{"params": [p]} for p in parameters], lr=0.1), per_group=True)
+
+    parameters, mechanic = build()
+    problem.train(parameters, mechanic, 10)
+    torch.save([parameters, mechanic.state_dict()], tmp_path / "checkpoint.pt")
+    problem.train(parameters, mechanic, range(10, 20))
+
+    others, other = build()
+    values, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    with torch.no_grad():
+        for p, value in zip(others, values, strict=True):
+            p.copy_(value)
+    other.load_state_dict(state)
+    assert other.scale[0] != other.scale[1]
+    problem.train(others, other, range(10, 20))
+    assert torch.equal(flat(others), flat(parameters))
+    assert torch.equal(other.scale, mechanic.scale)
+
+
+def test_groups_share_one_state_again_after_loading(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1))
+    mechanic.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+    first, second = mechanic.param_groups
+    assert first["mechanic_state"] is second["mechanic_state"]
+    assert first["mechanic_step"] is second["mechanic_step"]
+
+
+def test_map_location(trained: Any, tmp_path: Path) -> None:
+    """A checkpoint whose tensors were all mapped elsewhere comes back to the devices of the live objects."""
+    _, mechanic = trained()
+    torch.save(mechanic.state_dict(), tmp_path / "checkpoint.pt")
+    parameters = [torch.nn.Parameter(p.detach().to("meta")) for p in mechanic.param_groups[0]["params"]]
+    other = Mechanic(torch.optim.AdamW(parameters, lr=1.0))
+    other.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location="cpu"))
+    assert {value.device.type for p in parameters for key, value in other.state[p].items() if key != "step"} == {"meta"}
+    assert other.param_groups[0]["mechanic_state"].device.type == "meta"
+
+
+def test_a_checkpoint_of_float32_in_a_bfloat16_model_keeps_float32_state(trained: Any) -> None:
+    _, mechanic = trained(dtype=torch.float32)
+    parameters, other = trained(steps=0, dtype=torch.bfloat16)
+    other.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+    theirs, ours = mechanic.state[mechanic.param_groups[0]["params"][0]], other.state[parameters[0]]
+    assert ours["exp_avg"].dtype == torch.bfloat16
+    for key in ("mechanic_ref", "mechanic_delta"):
+        assert ours[key].dtype == torch.float32
+        assert torch.equal(ours[key], theirs[key])
+
+
+def test_strides_follow_the_live_parameter(problem: Problem) -> None:
+    p = torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    mechanic = Mechanic(torch.optim.SGD([p], lr=0.1))
+    p.grad = torch.ones_like(p)
+    mechanic.step()
+    state = copy.deepcopy(mechanic.state_dict())
+    state["state"][0] = {key: value.contiguous() for key, value in state["state"][0].items()}
+    mechanic.load_state_dict(state)
+    assert mechanic.state[p]["mechanic_ref"].stride() == p.stride()
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def snapshot(parameters: Any, mechanic: Mechanic) -> Any:
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in mechanic.param_groups]
+    schedule = mechanic.scheduler and mechanic.scheduler.state_dict()
+    return copy.deepcopy([groups, list(mechanic.state.values()), list(parameters), schedule, mechanic._options])
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def breakages() -> dict[str, Any]:
+    def edit(function: Any) -> Any:
+        def apply(state: dict[str, Any]) -> dict[str, Any]:
+            function(state)
+            return state
+
+        return apply
+
+    group = lambda state: state["param_groups"][0]  # noqa: E731
+    options = lambda state: group(state)["mechanic_options"]  # noqa: E731
+    return {
+        "no optimizer state": (lambda state: {"model": state}, "no optimizer state"),
+        "not a dict": (lambda state: {"state": 3, "param_groups": state["param_groups"]}, "no optimizer state"),
+        "unknown format": (edit(lambda s: options(s).update(format=2)), "format 2"),
+        "no format": (edit(lambda s: options(s).pop("format")), "format None"),
+        "other base": (edit(lambda s: options(s).update(base="SGD")), "around SGD, this one is around AdamW"),
+        "other scheduler": (edit(lambda s: options(s).update(scheduler="OneCycleLR")), "OneCycleLR.*CosineAnnealingLR"),
+        "bad option": (edit(lambda s: options(s).update(betas=[])), "betas"),
+        "unknown option": (edit(lambda s: options(s).update(color="red")), "color"),
+        "no unit": (edit(lambda s: options(s).pop("unit")), "unit"),
+        "more groups": (edit(lambda s: s["param_groups"].append(group(s))), "2 param groups, the optimizer has 1"),
+        "fewer parameters": (edit(lambda s: group(s)["params"].pop()), "1 parameters in the checkpoint and 2"),
+        "half a tuner": (edit(lambda s: group(s).pop("mechanic_step")), "mechanic_step"),
+        "short accumulators": (
+            edit(lambda s: group(s).update(mechanic_state=group(s)["mechanic_state"][:-1])),
+            r"mechanic_state of param group 0 must be .* \(31,\), got \(30,\)",
+        ),
+        "text for a tensor": (edit(lambda s: group(s).update(mechanic_step="3")), "got str"),
+        "other shape": (
+            edit(lambda s: s["state"][1].update(mechanic_delta=torch.zeros(3))),
+            r"mechanic_delta of parameter 1 is \(3,\) .*the parameter is \(4,\)",
+        ),
+        "no delta": (edit(lambda s: s["state"][0].pop("mechanic_delta")), "parameter 0"),
+        "complex": (edit(lambda s: s["state"][0].update(mechanic_ref=torch.zeros(2, 4) * 1j)), "complex64"),
+        "scheduler state": (edit(lambda s: group(s).update(mechanic_scheduler=[1])), None),
+        "base state": (edit(lambda s: group(s).pop("lr") and s["state"].update({0: 3})), None),
+    }
+
+
+@pytest.mark.parametrize("breakage", breakages())
+def test_a_checkpoint_that_does_not_fit_is_refused_whole(breakage: str, problem: Problem) -> None:
+    def build(steps: int) -> tuple[Any, Mechanic]:
+        parameters = problem.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        mechanic = Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30))
+        problem.train(parameters, mechanic, steps)
+        return parameters, mechanic
+
+    change, message = breakages()[breakage]
+    state = change(copy.deepcopy(build(10)[1].state_dict()))
+    parameters, mechanic = build(5)
+    before = snapshot(parameters, mechanic)
+    with pytest.raises(Exception if message is None else ValueError, match=message):
+        mechanic.load_state_dict(state)
+    assert same(snapshot(parameters, mechanic), before)
+    twins, twin = build(5)
+    for p, m in ((parameters, mechanic), (twins, twin)):
+        problem.train(p, m, range(5, 10))
+    assert torch.equal(flat(parameters), flat(twins)), "the refused load left something behind"
+
+
+def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, problem: Problem) -> None:
+    options = {"variant": "paper", "betas": (0.9, 0.99), "s_init": 1e-3, "store_delta": False}
+    parameters, mechanic = trained(torch.optim.AdamW, 10, **options)
+    others, other = trained(torch.optim.AdamW, 3)
+    with pytest.warns(UserWarning, match="under other options") as record:
+        other.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+    text = str(record[0].message)
+    assert "variant = 'paper' replaces 'scale_free'" in text
+    assert "betas = (0.9, 0.99) replaces (0.9, 0.99, 0.999" in text
+    assert "s_init = 0.001 replaces None" in text
+    assert "store_delta = False replaces True" in text
+    assert "s_decay" not in text
+    with torch.no_grad():
+        for p, q in zip(others, parameters, strict=True):
+            p.copy_(q)
+    for p, m in ((parameters, mechanic), (others, other)):
+        problem.train(p, m, range(10, 20))
+    assert torch.equal(flat(parameters), flat(others))
+
+
+def test_recomputed_delta_from_a_checkpoint_is_refused_for_bfloat16(trained: Any) -> None:
+    _, mechanic = trained(store_delta=False)
+    _, other = trained(steps=0, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="store_delta"):
+        other.load_state_dict(mechanic.state_dict())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_scheduler_on_one_side_alone_is_named(saved: bool, problem: Problem) -> None:
+    def build(scheduled: bool) -> Mechanic:
+        optimizer = torch.optim.AdamW(problem.parameters(), lr=0.1)
+        return Mechanic(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) if scheduled else None)
+
+    mechanic = build(not saved)
+    with pytest.warns(UserWarning, match="scheduler"):
+        mechanic.load_state_dict(build(saved).state_dict())
+
+
+def test_a_plain_checkpoint_loads_and_the_tuner_starts_afresh(problem: Problem) -> None:
+    parameters = problem.parameters()
+    plain = torch.optim.AdamW(parameters, lr=0.1)
+    problem.train(parameters, plain, 10)
+
+    others = problem.parameters()
+    mechanic = Mechanic(torch.optim.AdamW(others, lr=3.0))
+    problem.train(others, mechanic, 10)
+    with pytest.warns(UserWarning, match="plain optimizer: the state of AdamW is loaded, and the tuner starts afresh"):
+        mechanic.load_state_dict(copy.deepcopy(plain.state_dict()))
+    assert mechanic.scale == 0
+    assert mechanic.param_groups[0]["lr"] == 0.1
+    assert torch.equal(mechanic.state[others[0]]["exp_avg"], plain.state[parameters[0]]["exp_avg"])
+    assert "mechanic_ref" not in mechanic.state[others[0]]
+    problem.train(others, mechanic, 20)
+    assert mechanic.scale > 0
+
+
+def test_a_mechanic_checkpoint_loads_into_the_plain_optimizer(trained: Any, problem: Problem) -> None:
+    """Not the way back that is meant, but it must not fail: torch ignores the extra keys."""
+    _, mechanic = trained()
+    plain = torch.optim.AdamW(problem.parameters(), lr=1.0)
+    plain.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+    assert plain.param_groups[0]["lr"] == 1e-3

@@ -1,0 +1,624 @@
+"""What users do to an optimizer, done to a Mechanic."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from conftest import Problem, flat, gap
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
+
+from manic import Mechanic, is_mechanized, mechanize
+
+
+def adamw(parameters: Any, **options: Any) -> Mechanic:
+    return Mechanic(torch.optim.AdamW(parameters, lr=1e-3), **options)
+
+
+# ---------------------------------------------------------------- closures
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_closure_is_called_once_with_gradients_enabled(problem: Problem, base: Any) -> None:
+    ends = []
+    for closed in (False, True):
+        parameters = problem.parameters()
+        mechanic = Mechanic(base(parameters, lr=0.1))
+        for t in range(20):
+            calls = []
+
+            def closure(t: int = t, mechanic: Any = mechanic, parameters: Any = parameters, calls: Any = calls) -> Any:
+                calls.append(torch.is_grad_enabled())
+                mechanic.zero_grad()
+                loss = problem.loss(parameters, t)
+                loss.backward()
+                return loss
+
+            if closed:
+                with torch.no_grad():
+                    loss = mechanic.step(closure)
+                assert calls == [True]
+                assert loss.item() > 0
+            else:
+                closure()
+                assert mechanic.step() is None
+        ends.append(flat(parameters).detach())
+    assert torch.equal(*ends)
+    assert gap(ends[0], ends[0], problem.start) == 0
+
+
+def test_lbfgs_evaluates_its_closure_as_often_as_it_likes(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.LBFGS(parameters, max_iter=4))
+    rows, calls = torch.tensor(problem.rows), []
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        mechanic.zero_grad()
+        loss = (rows @ flat(parameters) - torch.tensor(problem.targets)).square().mean()
+        loss.backward()
+        return loss
+
+    first = mechanic.step(closure).item()
+    assert len(calls) == 4  # as plain LBFGS: the first of them is the Mechanic's
+    for _ in range(20):
+        last = mechanic.step(closure)
+    assert last < 0.5 * first
+
+
+def test_grad_mode_survives_an_exception(problem: Problem) -> None:
+    mechanic = adamw(problem.parameters())
+
+    def closure() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mechanic.step(closure)
+    assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------- parameters that come and go
+
+
+def test_a_parameter_without_gradient_stays_where_it_is(problem: Problem) -> None:
+    parameters = [*problem.parameters(), nn.Parameter(torch.ones(3))]
+    mechanic = adamw(parameters)
+    problem.train(parameters[:2], mechanic, 10)
+    assert torch.equal(parameters[2], torch.ones(3))
+    assert parameters[2] not in mechanic.state
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_a_frozen_parameter_stays_and_goes_on_later(problem: Problem, store_delta: bool) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters, store_delta=store_delta)
+    problem.train(parameters, mechanic, 10)
+    parameters[0].requires_grad_(False)
+    frozen, others, scale = parameters[0].detach().clone(), parameters[1].detach().clone(), mechanic.scale.item()
+    delta = relative(mechanic, parameters[0])
+    problem.train(parameters, mechanic, range(10, 20))
+    assert torch.equal(parameters[0], frozen)
+    assert not torch.equal(parameters[1], others)
+    assert mechanic.scale != scale
+    parameters[0].requires_grad_(True)
+    torch.testing.assert_close(relative(mechanic, parameters[0]), delta, rtol=1e-3, atol=1e-3)
+    problem.train(parameters, mechanic, range(20, 21))
+    step = (parameters[0] - frozen).abs().max()
+    assert 0 < step < 20 * mechanic.effective_lr()[0], "it jumped back to where x_ref + S·Δ had gone without it"
+
+
+def relative(mechanic: Mechanic, p: nn.Parameter) -> torch.Tensor:
+    """Δ, as the next step will see it."""
+    state, scale = mechanic.state[p], mechanic._read("scale")[0].float()
+    return state.get("mechanic_delta", (p.detach() - state["mechanic_ref"]) / scale).clone()
+
+
+def test_a_group_added_late_starts_from_its_value_then(problem: Problem) -> None:
+    parameters = problem.parameters()
+    late = nn.Parameter(torch.full((3,), 5.0))
+    mechanic = adamw(parameters)
+    problem.train(parameters, mechanic, 10)
+    mechanic.add_param_group({"params": [late], "lr": 1e-2})
+    with torch.no_grad():
+        late.fill_(7.0)
+    late.grad = torch.ones(3)
+    mechanic.step()
+    assert torch.equal(mechanic.state[late]["mechanic_ref"], torch.full((3,), 7.0))
+    assert mechanic.scale.dim() == 0
+    assert mechanic.effective_lr()[1] == pytest.approx(10 * mechanic.effective_lr()[0])
+    before = late.detach().clone()
+    problem.train(parameters, mechanic, 2)
+    late.grad = torch.ones(3)
+    mechanic.step()
+    assert (late < before).all()
+
+
+def test_a_group_added_late_learns_its_own_scale_per_group(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters[:1], per_group=True)
+    problem.train(parameters, mechanic, 10)
+    mechanic.add_param_group({"params": [parameters[1]]})
+    assert mechanic.scale.tolist()[1] == 0
+    first = mechanic.scale[0].item()
+    problem.train(parameters, mechanic, 10)
+    assert mechanic.scale[1] > 0
+    assert mechanic.scale[0] != first
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data"])
+def test_weights_loaded_before_the_first_step_are_kept(problem: Problem, how: str) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters)
+    loaded = [torch.randn_like(p) for p in parameters]
+    for p, value in zip(parameters, loaded, strict=True):
+        if how == "data":
+            p.data = value.clone()
+        else:
+            with torch.no_grad():
+                p.copy_(value)
+    problem.train(parameters, mechanic, 5)
+    for p, value in zip(parameters, loaded, strict=True):
+        assert torch.equal(mechanic.state[p]["mechanic_ref"], value)
+        assert 0 < (p - value).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data", "swap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_edit_between_steps_is_kept(problem: Problem, how: str, dtype: torch.dtype, fused: bool) -> None:
+    """Weight clipping, EMA weights swapped in. `p.data` and fused optimizers do not move p._version."""
+    parameters = problem.parameters(dtype)
+    mechanic = Mechanic(torch.optim.AdamW(parameters, lr=1e-3, fused=fused))
+    problem.train(parameters, mechanic, 20)
+    p = parameters[0]
+    delta = mechanic.state[p]["mechanic_delta"].clone()
+    if how == "no_grad":
+        with torch.no_grad():
+            p[0].fill_(3.0)
+    elif how == "data":
+        p.data[0] = 3.0
+    else:
+        p.data = torch.cat([torch.full((1, 4), 3.0, dtype=dtype), p.data[1:]])
+    untouched = mechanic.state[p]["mechanic_ref"][1:].clone()
+    problem.train(parameters, mechanic, range(20, 21))
+    moved = (mechanic.state[p]["mechanic_delta"] - delta).abs().max().item() * mechanic._read("scale").item()
+    assert 0 < moved < 0.1, "the edit went into Δ"
+    assert (p[0] - 3.0).abs().max() < 0.2
+    assert torch.equal(mechanic.state[p]["mechanic_ref"][1:], untouched), "x_ref moved where nothing was edited"
+
+
+def test_nobody_edits_and_x_ref_stays(problem: Problem) -> None:
+    """The other side of the test above: 200 steps of rounding do not look like edits."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        parameters = problem.parameters(dtype)
+        start = [p.detach().clone() for p in parameters]
+        mechanic = adamw(parameters)
+        problem.train(parameters, mechanic, 200)
+        for p, value in zip(parameters, start, strict=True):
+            assert torch.equal(mechanic.state[p]["mechanic_ref"], value.to(mechanic.state[p]["mechanic_ref"].dtype))
+            assert not torch.equal(p, value)
+
+
+# ---------------------------------------------------------------- kinds of tensors
+
+
+def test_sparse_gradients_are_their_dense_selves() -> None:
+    ends = []
+    for sparse in (True, False):
+        table = nn.Parameter(torch.linspace(-1, 1, 40).view(10, 4))
+        mechanic = Mechanic(torch.optim.SGD([table], lr=1.0))
+        for t in range(40):
+            generator = torch.Generator().manual_seed(t)
+            rows = torch.randint(10, (6,), generator=generator)  # with repeats: an uncoalesced gradient
+            mechanic.zero_grad()
+            (F.embedding(rows, table, sparse=sparse) - 0.3).square().sum().backward()
+            mechanic.step()
+        ends.append(table.detach().clone())
+        assert mechanic.scale > 1e-4
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+def test_complex_parameters_are_pairs_of_real_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, target = (torch.randn(6, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    ends = []
+    for is_complex in (True, False):
+        p = nn.Parameter(torch.view_as_complex(start.clone()) if is_complex else start.clone())
+        mechanic = Mechanic(torch.optim.SGD([p], lr=1.0, momentum=0.9))
+        for _ in range(60):
+            mechanic.zero_grad()
+            real = torch.view_as_real(p) if is_complex else p
+            (real - target).cosh().log().sum().backward()
+            mechanic.step()
+        ends.append(torch.view_as_real(p.detach()) if is_complex else p.detach())
+    assert gap(*ends, start) < 1e-9
+
+
+def test_maximize_is_minimizing_the_opposite(problem: Problem) -> None:
+    ends = []
+    for maximize in (False, True):
+        parameters = problem.parameters()
+        mechanic = Mechanic(torch.optim.AdamW(parameters, lr=1e-3, maximize=maximize))
+        for t in range(50):
+            mechanic.zero_grad()
+            loss = problem.loss(parameters, t)
+            (-loss if maximize else loss).backward()
+            mechanic.step()
+        ends.append(flat(parameters).detach())
+    assert gap(*ends, problem.start) < 1e-6
+
+
+def test_mixed_dtypes_in_one_model(problem: Problem) -> None:
+    parameters = problem.parameters(torch.float64)
+    mixed = [nn.Parameter(p.detach().to(d)) for p, d in zip(parameters, (torch.float32, torch.float64), strict=True)]
+    one, two = adamw(parameters), adamw(mixed)
+    for t in range(50):
+        one.zero_grad(), two.zero_grad()
+        problem.loss(parameters, t).backward()
+        problem.loss([p.double() for p in mixed], t).backward()
+        one.step(), two.step()
+    assert gap(flat(p.detach().double() for p in mixed), flat(parameters).detach(), problem.start) < 1e-3
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_layouts(store_delta: bool) -> None:
+    """0-d, empty, transposed, strided with holes, channels_last: the same as one flat vector."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (0, 3), (3, 4), (5,), (2, 3, 4, 2)]
+    values = [torch.randn(s, generator=generator) for s in shapes]
+    odd = [
+        values[0].clone(),
+        values[1].clone(),
+        values[2].t().contiguous().t(),
+        torch.zeros(10)[::2].copy_(values[3]),
+        values[4].to(memory_format=torch.channels_last),
+    ]
+    assert not odd[2].is_contiguous()
+    assert odd[3].stride() == (2,)
+    results = []
+    for tensors in (values, odd):
+        parameters = [nn.Parameter(t.clone() if tensors is values else t) for t in tensors]
+        mechanic = Mechanic(torch.optim.SGD(parameters, lr=1.0, momentum=0.9), store_delta=store_delta)
+        for _ in range(30):
+            mechanic.zero_grad()
+            sum((p - 0.5).cosh().log().sum() for p in parameters).backward()
+            mechanic.step()
+        results.append((flat(p.detach() for p in parameters), mechanic.scale))
+        if store_delta:
+            assert mechanic.state[parameters[4]]["mechanic_delta"].stride() == parameters[4].stride()
+    assert results[0][1] > 1e-3
+    assert gap(results[0][0], results[1][0], flat(values)) < 1e-4
+
+
+def test_two_mechanics_over_two_halves(problem: Problem) -> None:
+    parameters = problem.parameters()
+    halves = [adamw([p]) for p in parameters]
+    for t in range(30):
+        problem.loss(parameters, t).backward()
+        for mechanic in halves:
+            mechanic.step()
+            mechanic.zero_grad()
+    assert halves[0].scale != halves[1].scale
+    assert all(mechanic.scale > 0 for mechanic in halves)
+
+
+# ---------------------------------------------------------------- gradients: accumulated, clipped, scaled, broken
+
+
+def test_accumulated_and_clipped_gradients_are_those_that_count(problem: Problem) -> None:
+    parameters, others = problem.parameters(), problem.parameters()
+    one, two = adamw(parameters), adamw(others)
+    for t in range(30):
+        one.zero_grad(), two.zero_grad()
+        for _ in range(4):
+            (problem.loss(parameters, t) / 4).backward()
+        problem.loss(others, t).backward()
+        for each in (parameters, others):
+            nn.utils.clip_grad_norm_(each, 0.1)
+        one.step(), two.step()
+    assert gap(flat(parameters).detach(), flat(others).detach(), problem.start) < 1e-3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_unscales_and_skips(problem: Problem, fused: bool) -> None:
+    """A step with an overflow is skipped whole, schedule and all; the rest is the run without a scaler."""
+    parameters, others = problem.parameters(), problem.parameters()
+    mechanics = []
+    for each in (parameters, others):
+        optimizer = torch.optim.AdamW(each, lr=1e-3, fused=fused)
+        mechanics.append(Mechanic(optimizer, CosineAnnealingLR(optimizer, T_max=50)))
+    one, two = mechanics
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for t in range(40):
+        one.zero_grad()
+        scaler.scale(problem.loss(parameters, t)).backward()
+        if t == 20:
+            parameters[0].grad[0, 0] = float("inf")
+        scaler.step(one)
+        scaler.update()
+        if t != 20:
+            two.zero_grad()
+            problem.loss(others, t).backward()
+            two.step()
+    assert one.skipped == 0
+    assert one.scheduler.last_epoch == two.scheduler.last_epoch == 39
+    assert gap(flat(parameters).detach(), flat(others).detach(), problem.start) < 1e-3
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 1, 20])
+def test_a_gradient_that_is_not_finite_is_as_if_the_step_had_not_been(
+    problem: Problem, value: float, at: int, fused: bool, store_delta: bool
+) -> None:
+    ends = []
+    for broken in (False, True):
+        parameters = problem.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
+        mechanic = Mechanic(optimizer, CosineAnnealingLR(optimizer, T_max=40), store_delta=store_delta)
+        for t in range(40):
+            if broken and t == at:
+                problem.loss(parameters, t).backward()
+                parameters[0].grad[0, 1] = value
+                before = copy.deepcopy([*parameters, mechanic.scale])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    mechanic.step()
+                assert all(torch.equal(a, b) for a, b in zip(before, [*parameters, mechanic.scale], strict=True))
+                assert mechanic.skipped == 1
+            problem.train(parameters, mechanic, range(t, t + 1))
+        ends.append(flat(parameters).detach())
+        assert mechanic.skipped == broken
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("at", [0, 20])
+def test_the_skip_that_does_not_look_at_the_flag(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, at: int, store_delta: bool
+) -> None:
+    """What an accelerator does, where the host cannot know: run here on the CPU."""
+    monkeypatch.setattr("manic.mechanic._known_false", lambda ok: False)
+    monkeypatch.setattr("manic.mechanic._on_host", lambda ok: False)
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.AdamW(parameters, lr=1e-3), store_delta=store_delta)
+    problem.train(parameters, mechanic, at)
+    problem.loss(parameters, at).backward()
+    parameters[0].grad[0, 1] = float("nan")
+    before = copy.deepcopy([*parameters, mechanic.scale])
+    mechanic.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, [*parameters, mechanic.scale], strict=True))
+    assert mechanic.skipped == 1
+    problem.train(parameters, mechanic, range(at, 60))
+    assert torch.isfinite(flat(parameters)).all()
+    assert not torch.equal(flat(parameters), flat(before[:2]))
+    assert mechanic.scale > 0
+
+
+def test_one_broken_group_skips_all_groups(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.AdamW([{"params": [p]} for p in parameters], lr=1.0), per_group=True)
+    problem.train(parameters, mechanic, 10)
+    before = copy.deepcopy([*parameters, mechanic.scale])
+    problem.loss(parameters, 10).backward()
+    parameters[1].grad[0] = float("nan")
+    mechanic.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, [*parameters, mechanic.scale], strict=True))
+
+
+def test_steps_without_any_gradient_change_nothing(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters)
+    problem.train(parameters, mechanic, 10)
+    before = copy.deepcopy([*parameters])
+    scale = mechanic.scale.item()
+    mechanic.zero_grad()
+    for _ in range(5):
+        mechanic.step()
+    assert torch.equal(flat(before), flat(parameters))
+    assert mechanic.scale.item() == pytest.approx(scale)
+
+
+# ---------------------------------------------------------------- schedulers, hooks, compile, logs
+
+
+@pytest.mark.parametrize("kind", [CosineAnnealingLR, ExponentialLR])
+def test_a_scheduler_inside_on_the_base_and_on_the_wrapper_are_one(problem: Problem, kind: Any) -> None:
+    argument = 30 if kind is CosineAnnealingLR else 0.9
+    ends = []
+    for where in ("inside", "base", "wrapper"):
+        parameters = problem.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        schedule = kind(optimizer, argument) if where != "wrapper" else None
+        mechanic = Mechanic(optimizer, schedule if where == "inside" else None)
+        outer = {"inside": None, "base": schedule, "wrapper": kind(mechanic, argument) if where == "wrapper" else None}[
+            where
+        ]
+        for t in range(30):
+            problem.train(parameters, mechanic, range(t, t + 1))
+            if outer:
+                outer.step()
+        ends.append(flat(parameters).detach())
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_the_base_sees_its_schedule_and_nobody_sees_the_unit_lr_afterwards(problem: Problem) -> None:
+    parameters = problem.parameters()
+    optimizer = torch.optim.SGD([{"params": [parameters[0]]}, {"params": [parameters[1]], "lr": 5e-5}], lr=2e-4)
+    mechanic = Mechanic(optimizer, ExponentialLR(optimizer, 0.5))
+    seen = []
+    optimizer.register_step_pre_hook(lambda base, *_: seen.append([group["lr"] for group in base.param_groups]))
+    problem.train(parameters, mechanic, 3)
+    assert seen == [[1.0, 0.25], [0.5, 0.125], [0.25, 0.0625]]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4 / 8, 5e-5 / 8])
+
+
+def test_lr_is_restored_when_the_base_raises(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.LBFGS(parameters, lr=0.5))
+    problem.loss(parameters, 0).backward()
+    with pytest.raises(TypeError):
+        mechanic.step()  # LBFGS needs a closure
+    assert mechanic.param_groups[0]["lr"] == 0.5
+
+
+def test_a_tensor_lr(problem: Problem) -> None:
+    ends = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        parameters = problem.parameters()
+        optimizer = torch.optim.SGD(parameters, lr=lr)
+        mechanic = Mechanic(optimizer)
+        problem.train(parameters, mechanic, 20)
+        assert mechanic.param_groups[0]["lr"] is optimizer.param_groups[0]["lr"]
+        assert float(mechanic.param_groups[0]["lr"]) == 0.1
+        ends.append(flat(parameters).detach())
+    assert gap(*ends, problem.start) < 1e-5
+
+
+def test_an_lr_of_zero_everywhere_moves_nothing(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.0))
+    problem.train(parameters, mechanic, 5)
+    assert torch.equal(flat(parameters), flat(problem.parameters()))
+
+
+def test_step_hooks_fire_once_each_in_order(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters)
+    order: list[str] = []
+    mechanic.register_step_pre_hook(lambda *_: order.append("wrapper pre"))
+    mechanic.register_step_post_hook(lambda *_: order.append("wrapper post"))
+    mechanic.base_optimizer.register_step_pre_hook(lambda *_: order.append("base pre"))
+    mechanic.base_optimizer.register_step_post_hook(lambda *_: order.append("base post"))
+    problem.train(parameters, mechanic, 1)
+    assert order == ["wrapper pre", "base pre", "base post", "wrapper post"]
+
+
+def test_state_dict_hooks(problem: Problem) -> None:
+    mechanic = adamw(problem.parameters())
+    order: list[str] = []
+    mechanic.register_state_dict_pre_hook(lambda _: order.append("save pre"))
+    mechanic.register_state_dict_post_hook(lambda _, state: {**state, "extra": 1})
+    mechanic.register_load_state_dict_pre_hook(lambda _, state: order.append(f"load pre {state.pop('extra')}"))
+    mechanic.register_load_state_dict_post_hook(lambda _: order.append("load post"))
+    mechanic.load_state_dict(mechanic.state_dict())
+    assert order == ["save pre", "load pre 1", "load post"]
+
+
+def test_a_compiled_model(problem: Problem) -> None:
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        mechanic = adamw(model.parameters())
+        for t in range(20):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(t))
+            mechanic.zero_grad()
+            (run(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            mechanic.step()
+        ends.append(flat(model.parameters()).detach())
+    torch.testing.assert_close(*ends)
+
+
+def test_a_base_step_behind_the_wrappers_back_is_named_once_and_kept(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.1))
+    problem.train(parameters, mechanic, 5)
+    problem.loss(parameters, 0).backward()
+    with pytest.warns(UserWarning, match=r"SGD.step\(\) was called behind the Mechanic"):
+        mechanic.base_optimizer.step()
+    moved = flat(parameters).detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mechanic.base_optimizer.step()
+    twin = copy.deepcopy(mechanic)
+    twin._warned = False
+    with pytest.warns(UserWarning, match="behind the Mechanic"):
+        twin.base_optimizer.step()
+    problem.train(parameters, mechanic, range(5, 6))
+    assert (flat(parameters) - moved).abs().max() < 0.5
+
+
+def test_log_func(problem: Problem) -> None:
+    parameters = problem.parameters()
+    seen: list[dict[str, Any]] = []
+    mechanic = adamw(parameters, log_func=seen.append, log_every=5)
+    problem.train(parameters, mechanic, 12)
+    assert [data["iter_count"] for data in seen] == [5, 10]
+    problem.train(parameters, mechanic, 3)
+    assert seen[-1]["s"] == mechanic.scale.item() > 0
+    assert isinstance(seen[-1]["s"], float)
+    assert isinstance(seen[-1]["h"], float)
+    assert seen[-1]["effective_lr"] == mechanic.effective_lr()
+    assert seen[-1]["skipped"] == 0
+
+
+def test_log_goes_on_where_it_was_after_a_resume(problem: Problem) -> None:
+    mechanics = []
+    for steps in (7, 0):
+        parameters = problem.parameters()
+        seen: list[dict[str, Any]] = []
+        mechanics.append(adamw(parameters, log_func=seen.append, log_every=5))
+        problem.train(parameters, mechanics[-1], steps)
+    mechanics[1].load_state_dict(copy.deepcopy(mechanics[0].state_dict()))
+    problem.train(parameters, mechanics[1], 3)
+    assert [data["iter_count"] for data in seen] == [10]
+
+
+def test_log_of_groups_and_to_the_logger(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1), per_group=True, log_every=3)
+    with caplog.at_level(logging.INFO, logger="manic"):
+        problem.train(parameters, mechanic, 3)
+    assert "step 3: scale [" in caplog.text
+
+
+def test_mechanize_is_the_class_door(problem: Problem) -> None:
+    parameters, others = problem.parameters(), problem.parameters()
+    one = mechanize(torch.optim.SGD, variant="paper", s_init=1e-3)(parameters, lr=0.1, momentum=0.9)
+    two = Mechanic(torch.optim.SGD(others, lr=0.1, momentum=0.9), variant="paper", s_init=1e-3)
+    assert is_mechanized(one)
+    assert is_mechanized(two)
+    assert not is_mechanized(two.base_optimizer)
+    problem.train(parameters, one, 20)
+    problem.train(others, two, 20)
+    assert torch.equal(flat(parameters), flat(others))
+    assert one.scale > 0
+
+
+def test_the_wrapper_is_an_optimizer_with_the_bases_parts(problem: Problem) -> None:
+    mechanic = adamw(problem.parameters())
+    assert isinstance(mechanic, torch.optim.Optimizer)
+    assert mechanic.param_groups is mechanic.base_optimizer.param_groups
+    assert mechanic.state is mechanic.base_optimizer.state
+    assert mechanic.defaults is mechanic.base_optimizer.defaults
+    assert "lr: 0.001" in repr(mechanic)
+    state = type(mechanic.state)(dict)
+    mechanic.state = state
+    assert mechanic.base_optimizer.state is state
+    groups = list(mechanic.param_groups)
+    mechanic.param_groups = groups
+    assert mechanic.base_optimizer.param_groups is groups
+    defaults = dict(mechanic.defaults)
+    mechanic.defaults = defaults
+    assert mechanic.base_optimizer.defaults is defaults
+
+
+def test_zero_grad(problem: Problem) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters)
+    problem.loss(parameters, 0).backward()
+    mechanic.zero_grad(set_to_none=False)
+    assert parameters[0].grad is not None
+    assert parameters[0].grad.abs().sum() == 0
+    mechanic.zero_grad()
+    assert parameters[0].grad is None
