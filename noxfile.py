@@ -1,0 +1,94 @@
+"""The project's jobs: `nox -l` lists them, `nox -s demo` runs the main one, `nox -s tests` passes the tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["tests", "lint", "types"]
+nox.options.default_venv_backend = "virtualenv"
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"  # one torch for all: an open range may fetch gigabytes of CUDA
+TESTS = ("pytest", "pytest-cov", "pytest-xdist", "hypothesis")
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    session.install("-c", str(CONSTRAINTS), *packages)
+
+
+def pytest(session: nox.Session, *arguments: str) -> None:
+    """Pytest from a folder of its own: what is tested is the installed package, not the source tree."""
+    session.chdir(session.create_tmp())
+    configuration = ROOT / "pyproject.toml"
+    command = ("python", "-m", "pytest", "-c", str(configuration), "--rootdir", str(ROOT), *arguments)
+    session.run(*command, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, against the installed wheel, with branch coverage."""
+    install(session, ".", *TESTS)
+    coverage = (
+        "--cov",
+        "manic",
+        "--cov-branch",
+        "--cov-config",
+        str(ROOT / "pyproject.toml"),
+        "--cov-fail-under",
+        "95",
+    )
+    default = ("-n", "2", "-m", "not agreement", "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
+    pytest(session, *(session.posargs or default))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    install(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict."""
+    install(session, ".", "mypy", "nox")
+    session.run("mypy", env={"MYPYPATH": str(ROOT / "src")})
+
+
+@nox.session
+def agreement(session: nox.Session) -> None:
+    """Live against the authors' packages, mechanic-pytorch and optax."""
+    install(session, ".", "pytest", "hypothesis", "mechanic-pytorch", "optax")
+    pytest(session, "-m", "agreement", str(ROOT / "tests" / "test_agreement.py"), *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """The main job: a character GPT at three base learning rates, killed and resumed; a table and a picture."""
+    install(session, ".[demo]")
+    out = ROOT / "out" / "demo"
+    session.run("python", str(ROOT / "docs" / "examples" / "demo.py"), "--out", str(out), *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Sdist and wheel; the wheel, in a clean environment, trains."""
+    install(session, "build", "hatchling")
+    out = Path(session.create_tmp()).resolve() / "dist"
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
+    wheel = max(out.glob("manic-*.whl"), key=os.path.getmtime)
+    assert len(list(out.glob("manic-*.tar.gz"))) >= 1
+    session.chdir(out)
+    install(session, "--force-reinstall", "--no-deps", str(wheel))
+    install(session, str(wheel))
+    check = (
+        "import manic, torch, importlib.resources as r; p = torch.nn.Parameter(torch.ones(3)); "
+        "m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9)); "
+        "[((p ** 2).sum().backward(), m.step(), m.zero_grad()) for _ in range(9)]; "
+        "assert m.scale > 0 and (r.files(manic) / 'py.typed').is_file(); print(manic.__version__, float(m.scale))"
+    )
+    session.run("python", "-c", check)
