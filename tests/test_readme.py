@@ -21,7 +21,7 @@ def snippets(page: str) -> list[str]:
 PAGES = [str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]]
 
 
-@pytest.mark.parametrize("page", filter(snippets, PAGES))
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
