@@ -149,23 +149,20 @@ def test_paper_depends_on_the_base_lr(problem: Problem) -> None:
 
 
 def test_the_ratios_of_the_groups_lrs_are_kept(problem: Problem) -> None:
-    """Groups at lr a and b are one group at lr b whose first half has its gradient (of SGD) times a/b."""
+    """SGD with groups at 3·lr and lr is SGD at lr whose first half sees, in the base alone, 3 times its gradient."""
     ends = []
-    for lrs, factor in (((3e-5, 1e-5), 1.0), ((1e3, 1e3), 3.0)):
+    for lrs, factor in (((3e-5, 1e-5), 1.0), ((1e-5, 1e-5), 3.0)):
         parameters = problem.parameters(torch.float64)
         groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, lrs, strict=True)]
-        mechanic = Mechanic(torch.optim.SGD(groups), s_decay=0.0, betas=(0.9, 0.999))
+        mechanic = Mechanic(torch.optim.SGD(groups), s_init=10.0)
 
-        # The base sees scaled gradients, the tuner the raw ones: scaled between the two, by a hook on the base.
-        def scale_first(*_: Any, parameters: Any = parameters, factor: float = factor) -> None:
+        def multiply(*_: Any, parameters: Any = parameters, factor: float = factor) -> None:
             parameters[0].grad.mul_(factor)
 
-        mechanic.base_optimizer.register_step_pre_hook(scale_first)
+        mechanic.base_optimizer.register_step_pre_hook(multiply)
         problem.train(parameters, mechanic, 100)
         ends.append(flat(parameters).detach())
-    # The size of an update enters the start alone, and is 3 times as large in the second run.
-    assert gap(ends[0], ends[1], problem.start) < 0.2
-    assert mechanic.effective_lr()[0] == mechanic.effective_lr()[1]
+    assert gap(*ends, problem.start) < 1e-9
 
 
 def test_effective_lr_is_group_lr_times_scale(trained: Any) -> None:
@@ -240,6 +237,13 @@ def test_sums_over_many_elements_keep_their_digits(dtype: torch.dtype) -> None:
     assert sums[2].item() == pytest.approx(one.grad.double().square().sum().item(), rel=1e-5)
 
 
+def test_blocks_are_added_up_in_float64() -> None:
+    """A block of 1e8 and 40 of 1: in float32 the ones would be lost."""
+    p = torch.cat([torch.full((1,), 1e4), torch.zeros(sweeps.BLOCK - 1), *[torch.eye(1, sweeps.BLOCK)[0]] * 40])
+    one = slot(1, param=nn.Parameter(p), grad=p, ref=p.clone(), delta=torch.zeros_like(p))
+    assert sweeps.measure([one], torch.zeros(1, dtype=torch.float64))[0][3].item() == 1e8 + 40
+
+
 def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     dot = torch.dot
@@ -253,32 +257,34 @@ def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Watch(TorchDispatchMode):
-    """Counts what reads a device from the host."""
+    """Notes what reads a value from the host: item(), bool(), and shapes that hang on values."""
+
+    READS = ("local_scalar_dense", "aten.equal", "nonzero", "unique", "masked_select")
 
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "local_scalar_dense" in str(func) or func.overloadpacket is torch.ops.aten.equal:
+        if any(name in str(func) for name in self.READS):
             self.reads.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
-def test_step_reads_nothing_back(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
+def test_step_reads_one_flag_in_host_memory(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
     parameters, mechanic = trained(torch.optim.SGD, 5, **options)
     problem.loss(parameters, 5).backward()
     with Watch() as watch:
         mechanic.step()
-    assert watch.reads == []
+    assert watch.reads == ["aten.nonzero.default"], "only whether the step counts, and only on the CPU"
     with Watch() as watch:
         mechanic.scale.sum().item()
     assert len(watch.reads) == 1, "the watch sees a read when there is one"
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
-def test_step_reads_nothing_back_off_the_cpu(options: dict[str, Any]) -> None:
+def test_step_reads_nothing_back_from_a_device(options: dict[str, Any]) -> None:
     """On the meta device there is nothing to read: any look at a value raises."""
     parameters = [nn.Parameter(torch.empty(5, 3, device="meta")), nn.Parameter(torch.empty(4, device="meta"))]
     optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1, momentum=0.9)

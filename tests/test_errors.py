@@ -77,6 +77,12 @@ def test_wrapped_twice() -> None:
         Mechanic(optimizer)
 
 
+def test_an_optimizer_without_parameters_in_its_groups() -> None:
+    mechanic = Mechanic(torch.optim.SGD([{"params": []}], lr=0.1))
+    mechanic.step()
+    assert mechanic.scale == 0
+
+
 def test_schedulers_that_cannot_be_inside() -> None:
     optimizer = sgd()
     with pytest.raises(TypeError, match="ReduceLROnPlateau"):

@@ -29,7 +29,9 @@ def scales(h: list[float], options: Options) -> list[float]:
     state, trace = Tuner.unpack(torch.zeros(Tuner.size(len(options.betas)), **SCALAR), len(options.betas)), []
     for t, value in enumerate(h):
         size = torch.tensor(1.0 if t else 0.0, **SCALAR)
-        sums = Sums(*(torch.tensor(x, **SCALAR) for x in (value, 0.1, abs(value), 2.0)), size, 1 - size, 0 * size)
+        sums = Sums(
+            *(torch.tensor(x, **SCALAR) for x in (value, 0.1, abs(value), 2.0)), size, 1 - size, 5 * size, 0 * size
+        )
         state = tune(state, sums, torch.tensor(True), betas, options, 1.0)
         trace.append(state.s.sum().item())
     return trace
@@ -56,9 +58,9 @@ def test_a_skipped_step_leaves_the_tuner(h: list[float], at: int) -> None:
         for t, value in enumerate(h):
             state = Tuner.unpack(flat_state, len(betas))
             if skip and t == at % len(h):
-                broken = Sums(*(torch.tensor(math.nan, **SCALAR),) * 7)
+                broken = Sums(*(torch.tensor(math.nan, **SCALAR),) * 8)
                 state = tune(state, broken, torch.tensor(False), betas, options, 1.0)
-            sums = Sums(*(torch.tensor(x, **SCALAR) for x in (value, 0.1, 1.0, 2.0, t, 1.0, 0.0)))
+            sums = Sums(*(torch.tensor(x, **SCALAR) for x in (value, 0.1, 1.0, 2.0, t, 1.0, 5.0, 0.0)))
             flat_state = tune(state, sums, torch.tensor(True), betas, options, 1.0).pack()
         ends.append(Tuner.unpack(flat_state, len(betas)))
     assert ends[1].skipped == 1

@@ -101,8 +101,20 @@ def test_a_copy_with_a_scheduler_on_the_wrapper(problem: Problem) -> None:
     torch.optim.lr_scheduler.ExponentialLR(mechanic, gamma=0.9)
     problem.train(parameters, mechanic, 3)
     twin, other = copy.deepcopy((mechanic, parameters))
+    before = flat(parameters).detach()
     problem.train(other, twin, range(3, 6))
-    assert not torch.equal(flat(parameters), flat(other)), "the copy stepped the original"
+    assert torch.equal(flat(parameters), before), "the copy stepped the original"
+    assert not torch.equal(flat(other), before)
+
+
+def test_hooks_do_not_travel_as_in_torch(problem: Problem) -> None:
+    mechanic = Mechanic(torch.optim.SGD(problem.parameters(), lr=1.0))
+    mechanic.register_step_post_hook(lambda *_: None)
+    mechanic.register_state_dict_pre_hook(lambda *_: None)
+    twin = pickle.loads(pickle.dumps(mechanic))
+    assert not twin._optimizer_step_post_hooks
+    assert not twin._optimizer_state_dict_pre_hooks
+    twin.step()
 
 
 def test_loading_copies(trained: Any, problem: Problem) -> None:
@@ -247,7 +259,7 @@ def breakages() -> dict[str, Any]:
         "half a tuner": (edit(lambda s: group(s).pop("mechanic_step")), "mechanic_step"),
         "short accumulators": (
             edit(lambda s: group(s).update(mechanic_state=group(s)["mechanic_state"][:-1])),
-            r"mechanic_state of param group 0 must be .* \(31,\), got \(30,\)",
+            r"mechanic_state of param group 0 must be .* \(32,\), got \(31,\)",
         ),
         "text for a tensor": (edit(lambda s: group(s).update(mechanic_step="3")), "got str"),
         "other shape": (
@@ -257,6 +269,11 @@ def breakages() -> dict[str, Any]:
         "no delta": (edit(lambda s: s["state"][0].pop("mechanic_delta")), "parameter 0"),
         "complex": (edit(lambda s: s["state"][0].update(mechanic_ref=torch.zeros(2, 4) * 1j)), "complex64"),
         "scheduler state": (edit(lambda s: group(s).update(mechanic_scheduler=[1])), None),
+        "other base shape": (
+            edit(lambda s: s["state"][0].update(exp_avg=torch.zeros(8))),
+            r"exp_avg of parameter 0 is \(8,\) .*the parameter is \(2, 4\)",
+        ),
+        "other optimizer's group": (edit(lambda s: group(s).pop("betas")), "has no 'betas'"),
         "base state": (edit(lambda s: group(s).pop("lr") and s["state"].update({0: 3})), None),
     }
 
@@ -281,6 +298,47 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole(breakage: str, problem:
     for p, m in ((parameters, mechanic), (twins, twin)):
         problem.train(p, m, range(5, 10))
     assert torch.equal(flat(parameters), flat(twins)), "the refused load left something behind"
+
+
+def test_a_failure_after_everything_was_loaded_is_undone(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    mechanics = []
+    for steps in (10, 5):
+        parameters = problem.parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=0.1)
+        mechanics.append(Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)))
+        problem.train(parameters, mechanics[-1], steps)
+    before = snapshot(parameters, mechanics[1])
+
+    def fail(self: Mechanic) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Mechanic, "_settle", fail)
+    with pytest.raises(MemoryError):
+        mechanics[1].load_state_dict(copy.deepcopy(mechanics[0].state_dict()))
+    assert same(snapshot(parameters, mechanics[1]), before)
+    assert mechanics[1].scheduler.last_epoch == 5
+
+
+def test_plain_checkpoints_that_do_not_fit_are_refused(problem: Problem) -> None:
+    others = [torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Parameter(torch.ones(4))]
+    plain, sgd = torch.optim.AdamW(others), torch.optim.SGD(others, lr=0.1)
+    for p in others:
+        p.grad = torch.ones_like(p)
+    plain.step()
+    mechanic = Mechanic(torch.optim.AdamW(problem.parameters()))
+    with pytest.raises(ValueError, match=r"exp_avg.* of parameter 0 is \(3, 3\)"):
+        mechanic.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="has no 'betas'"):
+        mechanic.load_state_dict(sgd.state_dict())
+    assert not mechanic.state
+
+
+def test_warnings_point_at_the_callers_line(trained: Any, problem: Problem) -> None:
+    _, mechanic = trained(steps=0)
+    plain = torch.optim.AdamW(problem.parameters())
+    with pytest.warns(UserWarning, match="plain") as record:
+        mechanic.load_state_dict(plain.state_dict())
+    assert record[0].filename == __file__
 
 
 def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, problem: Problem) -> None:

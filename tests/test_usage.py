@@ -296,6 +296,46 @@ def test_layouts(store_delta: bool) -> None:
     assert gap(results[0][0], results[1][0], flat(values)) < 1e-4
 
 
+def test_taking_turns_does_not_look_like_large_updates() -> None:
+    """U, the size of an update, is read off ‖Δ‖: over the same elements only."""
+    large, small = nn.Parameter(torch.ones(1000)), nn.Parameter(torch.ones(10))
+    mechanic = Mechanic(torch.optim.AdamW([large, small], lr=1.0))
+    for t in range(100):
+        mechanic.zero_grad()
+        for p in (large, small) if t < 50 else ((large, small)[t % 2],):
+            p.grad = p.detach() + 2
+        mechanic.step()
+    assert 0 < mechanic._read("update_norm") < 1.1 * 1010**0.5
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+def test_a_group_added_behind_the_wrappers_back_is_taken_in(problem: Problem, per_group: bool) -> None:
+    parameters = problem.parameters()
+    mechanic = adamw(parameters[:1], per_group=per_group)
+    problem.train(parameters, mechanic, 5)
+    mechanic.base_optimizer.add_param_group({"params": [parameters[1]]})
+    twin = copy.deepcopy(mechanic)
+    assert "mechanic_options" in twin.state_dict()["param_groups"][1]
+    problem.train(parameters, mechanic, range(5, 20))
+    assert "mechanic_ref" in mechanic.state[parameters[1]]
+    assert (mechanic.scale > 0).all()
+    with_it = Mechanic(torch.optim.AdamW([{"params": [p]} for p in problem.parameters()], lr=1e-3), per_group=per_group)
+    with_it.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+
+
+def test_a_load_behind_the_wrappers_back_starts_the_tuner_afresh(problem: Problem) -> None:
+    parameters = problem.parameters()
+    plain = torch.optim.AdamW(problem.parameters(), lr=1e-3)
+    mechanic = adamw(parameters)
+    problem.train(parameters, mechanic, 5)
+    mechanic.base_optimizer.load_state_dict(plain.state_dict())
+    with pytest.warns(UserWarning, match="behind the Mechanic"):
+        problem.train(parameters, mechanic, 1)
+    assert mechanic.scale == 0
+    problem.train(parameters, mechanic, 20)
+    assert mechanic.scale > 0
+
+
 def test_two_mechanics_over_two_halves(problem: Problem) -> None:
     parameters = problem.parameters()
     halves = [adamw([p]) for p in parameters]
@@ -396,10 +436,39 @@ def test_the_skip_that_does_not_look_at_the_flag(
     mechanic.step()
     assert all(torch.equal(a, b) for a, b in zip(before, [*parameters, mechanic.scale], strict=True))
     assert mechanic.skipped == 1
+    if at == 0:
+        # What the base remembers of a step on zeros, and no more, tells this run from one without the break.
+        others = problem.parameters()
+        twin = Mechanic(torch.optim.AdamW(others, lr=1e-3), store_delta=store_delta)
+        problem.loss(others, 0).backward()
+        for p in others:
+            p.grad.zero_()
+        twin.base_optimizer.param_groups[0]["lr"] = 0.0
+        twin._stepping = True
+        twin.base_optimizer.step()
+        twin._stepping = False
+        twin.base_optimizer.param_groups[0]["lr"] = 1e-3
+        problem.train(others, twin, 30)
+        problem.train(parameters, mechanic, 30)
+        assert torch.equal(flat(parameters), flat(others))
+        assert torch.equal(mechanic.scale, twin.scale)
     problem.train(parameters, mechanic, range(at, 60))
     assert torch.isfinite(flat(parameters)).all()
     assert not torch.equal(flat(parameters), flat(before[:2]))
     assert mechanic.scale > 0
+
+
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_an_update_that_is_not_finite_moves_nothing(store_delta: bool) -> None:
+    """0/0 in the base, from a gradient that is finite: the published method loses the parameters for good."""
+    p = nn.Parameter(torch.ones(4))
+    mechanic = Mechanic(torch.optim.Adam([p], lr=0.1, eps=0.0), store_delta=store_delta)
+    for _ in range(20):
+        p.grad = torch.cat([torch.zeros(1), 2 * p.detach()[1:]])
+        mechanic.step()
+    assert p[0] == 1
+    assert (p[1:] < 0.999).all()
+    assert mechanic.skipped == 0
 
 
 def test_one_broken_group_skips_all_groups(problem: Problem) -> None:
@@ -461,13 +530,72 @@ def test_the_base_sees_its_schedule_and_nobody_sees_the_unit_lr_afterwards(probl
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4 / 8, 5e-5 / 8])
 
 
-def test_lr_is_restored_when_the_base_raises(problem: Problem) -> None:
+@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("at", [0, 10])
+def test_a_base_that_raises_leaves_everything_as_it_was(problem: Problem, at: int, store_delta: bool) -> None:
+    ends = []
+    for broken in (False, True):
+        parameters = problem.parameters()
+        mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.5), store_delta=store_delta)
+        problem.train(parameters, mechanic, at)
+        if broken:
+
+            def interrupt(*_: Any) -> None:
+                raise KeyboardInterrupt  # after the update
+
+            handle = mechanic.base_optimizer.register_step_post_hook(interrupt)
+            before = copy.deepcopy([*parameters, mechanic.param_groups[0]["mechanic_state"], mechanic.scale])
+            for _ in range(3):
+                problem.loss(parameters, at).backward()
+                with pytest.raises(KeyboardInterrupt):
+                    mechanic.step()
+            handle.remove()
+            after = [*parameters, mechanic.param_groups[0]["mechanic_state"], mechanic.scale]
+            assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+            assert mechanic.param_groups[0]["lr"] == 0.5
+            assert mechanic.param_groups[0]["mechanic_step"] == at
+        problem.train(parameters, mechanic, range(at, 40))
+        ends.append(flat(parameters).detach())
+    assert torch.equal(*ends)
+    assert gap(ends[0], ends[0], problem.start) == 0
+
+
+def test_a_scheduler_that_raises_comes_after_the_step(problem: Problem) -> None:
     parameters = problem.parameters()
-    mechanic = Mechanic(torch.optim.LBFGS(parameters, lr=0.5))
-    problem.loss(parameters, 0).backward()
-    with pytest.raises(TypeError):
-        mechanic.step()  # LBFGS needs a closure
-    assert mechanic.param_groups[0]["lr"] == 0.5
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+    mechanic = Mechanic(optimizer, schedule)
+    problem.train(parameters, mechanic, 10)
+    before = flat(parameters).detach()
+    with pytest.raises(ValueError, match="10"):
+        problem.train(parameters, mechanic, 1)
+    assert 0 < (flat(parameters) - before).abs().max() < 0.1
+    assert mechanic.param_groups[0]["mechanic_step"] == 11
+
+
+def test_a_base_that_sets_its_own_lr(problem: Problem) -> None:
+    class Decaying(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.param_groups[0]["lr"] *= 0.9
+
+    parameters = problem.parameters()
+    mechanic = Mechanic(Decaying(parameters, lr=0.1))
+    problem.train(parameters, mechanic, 3)
+    assert mechanic.param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**3)
+
+
+def test_a_warm_up_by_hand_from_zero_is_free_of_the_base_lr_too(problem: Problem) -> None:
+    ends = []
+    for lr in (1e-8, 1.0):
+        parameters = problem.parameters()
+        mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.0))
+        for t in range(60):
+            for group in mechanic.param_groups:
+                group["lr"] = lr * min(1.0, t / 10)
+            problem.train(parameters, mechanic, range(t, t + 1))
+        ends.append(flat(parameters).detach())
+    assert gap(*ends, problem.start) < 1e-4
 
 
 def test_a_tensor_lr(problem: Problem) -> None:
@@ -601,7 +729,9 @@ def test_the_wrapper_is_an_optimizer_with_the_bases_parts(problem: Problem) -> N
     assert mechanic.param_groups is mechanic.base_optimizer.param_groups
     assert mechanic.state is mechanic.base_optimizer.state
     assert mechanic.defaults is mechanic.base_optimizer.defaults
+    assert "Mechanic around AdamW" in repr(mechanic)
     assert "lr: 0.001" in repr(mechanic)
+    assert "mechanic_state" not in repr(mechanic)
     state = type(mechanic.state)(dict)
     mechanic.state = state
     assert mechanic.base_optimizer.state is state

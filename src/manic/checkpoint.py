@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 import warnings
 from itertools import chain
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 
+# State that torch's optimizers keep in the shape of the parameter. (Not Adafactor's and LBFGS's.)
+SHAPED = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
+    *("acc_delta", "sum", "prev", "ax"),
+}
+
 
 def options_of(mechanic: Mechanic) -> dict[str, Any]:
     """What a checkpoint says of the Mechanic that wrote it, in types that ``weights_only`` admits."""
@@ -35,6 +43,15 @@ def options_of(mechanic: Mechanic) -> dict[str, Any]:
         "unit": mechanic._unit,
         **dataclasses.asdict(mechanic._options),
     }
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the first caller outside torch and this package."""
+    frame: FrameType | None = sys._getframe()
+    level = 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("manic", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
 
 
 def pack(mechanic: Mechanic) -> dict[str, Any]:
@@ -50,10 +67,10 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     groups = _check_groups(mechanic, state_dict)
     plain = not any("mechanic_state" in group for group in groups)
     if plain:
-        warnings.warn(
+        _check_state(mechanic, state_dict, mechanic._options)
+        warn(
             f"the checkpoint is that of a plain optimizer: the state of {type(mechanic.base_optimizer).__name__} "
-            "is loaded, and the tuner starts afresh",
-            stacklevel=3,
+            "is loaded, and the tuner starts afresh"
         )
     else:
         options, unit = _check_tuner(mechanic, groups)
@@ -100,6 +117,10 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
     for i, (theirs, ours) in enumerate(zip(*sizes, strict=True)):
         if theirs != ours:
             raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")
+        for name, default in mechanic.defaults.items():
+            # torch fills in the flags that an older version did not have; a number is another optimizer's.
+            if name not in saved[i] and default is not None and not isinstance(default, bool):
+                raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
     return list(saved)
 
 
@@ -144,13 +165,12 @@ def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Option
     for key, values in state_dict["state"].items():
         if key not in params or not isinstance(values, dict):
             continue
-        p = params[key]
         wanted = {REF, DELTA} if options.store_delta else {REF}
         if values.keys() & {REF, DELTA} not in (wanted, set()):
-            raise ValueError(
-                f"the state of parameter {key} has {sorted(values.keys() & {REF, DELTA})}, not {sorted(wanted)}"
-            )
-        for name in wanted & values.keys():
+            ours = sorted(values.keys() & {REF, DELTA})
+            raise ValueError(f"the state of parameter {key} has {ours}, not {sorted(wanted)}")
+        p = params[key]
+        for name in values.keys() & (wanted | SHAPED):
             value = values[name]
             if not isinstance(value, Tensor) or value.shape != p.shape or value.is_complex() != p.is_complex():
                 got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -171,7 +191,7 @@ def _name_differences(mechanic: Mechanic, saved: dict[str, Any], options: Option
     if theirs is None and ours is not None:
         notes.append(f"it has no scheduler, so {type(ours).__name__} stays as it is")
     if notes:
-        warnings.warn("the checkpoint was written under other options: " + "; ".join(notes), stacklevel=4)
+        warn("the checkpoint was written under other options: " + "; ".join(notes))
 
 
 def _by_id(mechanic: Mechanic, state_dict: dict[str, Any]) -> dict[Any, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ class Mechanic(Optimizer):
 
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
-    ``mechanic_state`` (float64 [4n + 7], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
+    ``mechanic_state`` (float64 [4n + 8], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
     ``mechanic_options`` and ``mechanic_scheduler`` (dicts); in ``state[p]``, from p's first step on,
     ``mechanic_ref`` and ``mechanic_delta`` (shape of p, float32 or better).
 
@@ -120,8 +119,8 @@ class Mechanic(Optimizer):
         self.process_group = process_group
         self.log_func = log_func
         self.log_every = log_every
-        first = next(p for group in base_optimizer.param_groups for p in group["params"])
-        self._device = torch.device(device) if device is not None else first.device
+        devices = [p.device for group in base_optimizer.param_groups for p in group["params"]]
+        self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
         self._calls = 0
         self._stepping = self._warned = False
         self._watch_base()
@@ -148,18 +147,24 @@ class Mechanic(Optimizer):
         active, idle = self._slots()
         before = self._read("scale")  # S_t
         sums = measure(active, before)  # ⟨Δ,g⟩ ⟨Δ,x⟩ ‖g‖² ‖x‖² ‖Δ‖²
-        ok = self._tune(sums)  # h m v r W → s_{t+1}
-        if not _known_false(ok):
-            after = self._read("scale")  # S_{t+1}
-            self._propose(active, closure, ok)  # x_t + u_t
+        tuners, ok = self._tune(sums)  # h m v r W → s_{t+1}
+        if _known_false(ok):
+            self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
+        else:
+            after = torch.stack([new.scale for new in tuners])  # S_{t+1}
+            self._propose(active, closure, before, ok)  # x_t + u_t
             update_sq = move(active, before, after, ok)  # Δ += u_t, x = x_ref + S·Δ
             hold(idle, before, after)
-            self._store(active, update_sq)
+            self._store(active)
+            self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
+            if self.scheduler is not None:
+                self.scheduler.step()
         self._log()
         return loss
 
     def _slots(self) -> tuple[list[Slot], list[Slot]]:
         """The parameters that have a gradient, and those with a recomputed Δ that sit this step out."""
+        self._adopt()
         options = self._options
         all_slots = list(
             slots(self.param_groups, self.state, store_delta=options.store_delta, per_group=options.per_group)
@@ -168,66 +173,73 @@ class Mechanic(Optimizer):
         idle = [slot for slot in all_slots if slot.grad is None and slot.delta is None]
         return active, idle
 
-    def _tuners(self) -> list[Tensor]:
-        """The flat state of every learned scale: one, or one per group."""
+    def _flat(self) -> list[Tensor]:
+        """The stored state of every learned scale: one, or one per group."""
         groups = self.param_groups if self._options.per_group else self.param_groups[:1]
         return [group["mechanic_state"] for group in groups]
 
+    def _tuners(self) -> list[Tuner]:
+        """The same, as views that have names."""
+        return [Tuner.unpack(flat, len(self._options.betas)) for flat in self._flat()]
+
     def _read(self, field: str) -> Tensor:
         """A 0-d field of every learned scale, [k]; a copy."""
-        n = len(self._options.betas)
-        return torch.stack([getattr(Tuner.unpack(flat, n), field) for flat in self._tuners()])
+        return torch.stack([getattr(tuner, field) for tuner in self._tuners()])
 
-    def _tune(self, sums: Tensor) -> Tensor:
-        """The scalar half of the step; returns whether the step counts, a 0-d bool on the tuner's device."""
+    def _tune(self, sums: Tensor) -> tuple[list[Tuner], Tensor]:
+        """The scalar half of the step: the new state of every learned scale, not yet stored, and whether the
+        step counts, a 0-d bool on the tuner's device."""
         sums[:, -1] = self._read("update_sq")
         sums = all_reduce(sums, self.process_group)
         ok = torch.isfinite(sums).all()
-        n = len(self._options.betas)
-        for flat, row in zip(self._tuners(), sums, strict=True):
-            new = tune(Tuner.unpack(flat, n), Sums(*row), ok, self._betas, self._options, self._unit)
-            flat.copy_(new.pack())
-        self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
-        return ok
+        unit = self._unit or 1.0
+        pairs = zip(self._tuners(), sums, strict=True)
+        return [tune(old, Sums(*row), ok, self._betas, self._options, unit) for old, row in pairs], ok
 
-    def _propose(self, active: list[Slot], closure: Callable[[], Any] | None, ok: Tensor) -> None:
-        """The base optimizer's own step, then its scheduler's: the parameters hold x_t + u_t."""
+    def _commit(self, tuners: list[Tuner], ok: Tensor) -> None:
+        """The end of a step: what the tuner has learned from it becomes its state."""
+        for flat, tuner in zip(self._flat(), tuners, strict=True):
+            flat.copy_(tuner.pack())
+        self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
+
+    def _propose(self, active: list[Slot], closure: Callable[[], Any] | None, before: Tensor, ok: Tensor) -> None:
+        """The base optimizer's own step: the parameters hold x_t + u_t. If it raises, they hold x_t again."""
         if not _on_host(ok):
             for slot in active:
                 assert slot.grad is not None
                 values = slot.grad._values() if slot.grad.is_sparse else slot.grad
                 values.masked_fill_(~ok.to(values.device), 0)
-        with self._unit_lr():
-            self._stepping = True
-            try:
+        self._stepping = True
+        try:
+            with self._unit_lr():
                 self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
-            finally:
-                self._stepping = False
-        if self.scheduler is not None:
-            self.scheduler.step()
+        except BaseException:
+            move(active, before, before, torch.zeros_like(ok))
+            raise
+        finally:
+            self._stepping = False
 
     @contextmanager
     def _unit_lr(self) -> Iterator[None]:
         """The base at lr / base lr: its schedule and the ratios of its groups stay, and the updates are large
         enough beside the parameters that x_t + u_t - x_t keeps the digits of u_t."""
-        if self._unit == 1:
+        unit = self._unit
+        if unit in (0, 1):
             yield
             return
-        lrs = [group.get("lr") for group in self.param_groups]
-        for group, lr in zip(self.param_groups, lrs, strict=True):
-            if lr is not None:
-                group["lr"] = lr / self._unit
+        groups = [group for group in self.param_groups if "lr" in group]
+        lrs = [(group["lr"], group["lr"] / unit) for group in groups]
+        for group, (_, lent) in zip(groups, lrs, strict=True):
+            group["lr"] = lent
         try:
             yield
         finally:
-            for group, lr in zip(self.param_groups, lrs, strict=True):
-                if lr is not None:
-                    group["lr"] = lr
+            for group, (lr, lent) in zip(groups, lrs, strict=True):
+                # A base that sets its own lr has set the lent one.
+                group["lr"] = lr if group["lr"] is lent else group["lr"] * unit
 
-    def _store(self, active: list[Slot], update_sq: Tensor) -> None:
+    def _store(self, active: list[Slot]) -> None:
         """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them."""
-        for flat, value in zip(self._tuners(), update_sq, strict=True):
-            Tuner.unpack(flat, len(self._options.betas)).update_sq.copy_(value)
         for slot in active:
             if slot.entering:
                 self.state[slot.param][REF] = slot.ref
@@ -242,7 +254,7 @@ class Mechanic(Optimizer):
 
         A new tensor on the tuner's device.
         """
-        scales = self._read("scale") / self._unit
+        scales = self._read("scale") / (self._unit or 1.0)
         return scales if self._options.per_group else scales[0]
 
     def effective_lr(self) -> list[float]:
@@ -316,14 +328,10 @@ class Mechanic(Optimizer):
         before = len(self.param_groups)
         self.base_optimizer.add_param_group(param_group)
         try:
-            self._check_params(self.param_groups[before]["params"], self._options)
+            self._adopt()
         except ValueError:
             del self.param_groups[before:]
             raise
-        first = self.param_groups[0]
-        own = self._fresh_state() if self._options.per_group else first["mechanic_state"]
-        self.param_groups[before].update({k: v for k, v in first.items() if k.startswith("mechanic_")})
-        self.param_groups[before]["mechanic_state"] = own
 
     @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -333,6 +341,7 @@ class Mechanic(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._adopt()
         state_dict = checkpoint.pack(self)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _or(post_hook(self, state_dict), state_dict)
@@ -358,29 +367,65 @@ class Mechanic(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # An LR scheduler patches `step` on the instance; the patch can be neither pickled nor copied.
-        return {key: value for key, value in vars(self).items() if key != "step"}
+        # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
+        # `step`: it can be neither pickled nor copied.
+        return {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch_base()  # a copied or unpickled optimizer comes without its hooks
 
+    def __repr__(self) -> str:
+        lines = [f"Mechanic around {type(self.base_optimizer).__name__} ("]
+        for i, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {i}")
+            hidden = ("params", *(key for key in group if key.startswith("mechanic_")))
+            lines.extend(f"    {key}: {group[key]}" for key in sorted(group.keys() - hidden))
+        return "\n".join([*lines, f"{self._options})"])
+
     # ------------------------------------------------------------------ set-up
 
     def _start_afresh(self) -> None:
         """A tuner that has seen nothing, and the lr that it divides out, from the groups as they are."""
-        options = self._options
-        self._unit = 1.0
-        if options.variant == "scale_free":
-            lrs = [float(group.get("initial_lr", group["lr"])) for group in self.param_groups if "lr" in group]
-            self._unit = max(lrs, default=1.0) or 1.0
-        step = torch.zeros((), dtype=torch.float32, device=self._device)
-        shared = self._fresh_state()
+        self._take_unit()
         for group in self.param_groups:
-            group["mechanic_state"] = self._fresh_state() if options.per_group else shared
-            group["mechanic_step"] = step
+            group.pop("mechanic_state", None)
+            group.pop("mechanic_step", None)
+        self._clothe(self.param_groups)
         self._calls = 0
         self._settle()
+
+    def _take_unit(self) -> None:
+        """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0."""
+        lrs = [float(group.get("initial_lr", group["lr"])) for group in self.param_groups if "lr" in group]
+        self._unit = 1.0 if self._options.variant == "paper" else max(lrs, default=1.0)
+
+    def _clothe(self, groups: list[dict[str, Any]]) -> None:
+        """The wrapper's tensors for groups that have none: those of the first group, or (per_group) fresh ones."""
+        first = self.param_groups[0]
+        for group in groups:
+            shared = None if self._options.per_group else first.get("mechanic_state")
+            step = first.get("mechanic_step")
+            group["mechanic_state"] = self._fresh_state() if shared is None else shared
+            group["mechanic_step"] = torch.zeros((), device=self._device) if step is None else step
+
+    def _adopt(self) -> None:
+        """Take in the groups that the wrapper does not know: added, or loaded behind its back."""
+        bare = [group for group in self.param_groups if "mechanic_state" not in group]
+        for group in bare:
+            self._check_params(group["params"], self._options)
+        if self._unit == 0:
+            self._take_unit()
+            self._settle()
+        if len(bare) == len(self.param_groups):
+            checkpoint.warn(
+                f"the param groups of {type(self.base_optimizer).__name__} were replaced behind the Mechanic (did you "
+                "call load_state_dict of the optimizer inside?): the tuner starts afresh"
+            )
+            self._start_afresh()
+        elif bare:
+            self._clothe(bare)
+            self._settle()
 
     def _settle(self) -> None:
         """What follows from the options and the unit: the β on the device, and the groups' own record of both."""
@@ -413,10 +458,9 @@ class Mechanic(Optimizer):
     def _on_base_step(self, *_: object) -> None:
         if not self._stepping and not self._warned:
             self._warned = True
-            warnings.warn(
+            checkpoint.warn(
                 f"{type(self.base_optimizer).__name__}.step() was called behind the Mechanic that wraps it: that "
-                "update is not scaled. Call the Mechanic's step() alone.",
-                stacklevel=4,
+                "update is not scaled. Call the Mechanic's step() alone."
             )
 
 
@@ -464,6 +508,7 @@ def _on_host(ok: Tensor) -> bool:
 
 
 def _known_false(ok: Tensor) -> bool:
+    # The one look at a value, in host memory. Not `not ok`, which is `item()`: that has no place in a step.
     return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
 
 
@@ -486,7 +531,10 @@ def _check_base(base: object) -> None:
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}")
     if any("mechanic_state" in group for group in base.param_groups):
-        raise ValueError(f"this {type(base).__name__} is wrapped by another Mechanic already; build a new one")
+        raise ValueError(
+            f"this {type(base).__name__} is wrapped by another Mechanic already, or has "
+            "loaded the checkpoint of one; build a new one"
+        )
 
 
 def _check_scheduler(scheduler: object, base: Optimizer) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 from manic.storage import Slot
 from manic.tuner import Sums
 
+# The first five columns of the sums are what one block yields; the others come from elsewhere.
+X_SQ, ENTERED_SQ, NUMEL = map(Sums._fields.index, ("x_sq", "entered_sq", "numel"))
+
 BLOCK = 128 * 1024  # elements: some float32 blocks fit in a core's L2 cache, and a float32 sum keeps its digits
 
 
@@ -30,7 +33,8 @@ def measure(slots: Sequence[Slot], scales: Tensor) -> Tensor:
         scales: [k], S of each learned scale as of the last :func:`move`.
 
     Returns:
-        [k, 7], columns as in :class:`manic.tuner.Sums`, dtype and device of `scales`; the last one is 0.
+        [k, 8], columns as in :class:`manic.tuner.Sums`, dtype and device of `scales`. The last one, ‖u_{t-1}‖², is
+        for the caller to fill in: :func:`move` knew it.
     """
     parts: dict[tuple[int, bool, torch.device, torch.dtype], list[Tensor]] = {}
     for slot in slots:
@@ -43,7 +47,9 @@ def measure(slots: Sequence[Slot], scales: Tensor) -> Tensor:
             row = torch.stack(values).to(scales.dtype).view(-1, 5).sum(0).to(scales.device)
             sums[index, :5] += row
             if entering:
-                sums[index, 5] += row[3]
+                sums[index, ENTERED_SQ] += row[X_SQ]
+    for slot in slots:
+        sums[slot.index, NUMEL] += slot.param.numel()
     return sums
 
 
@@ -95,7 +101,8 @@ def move(slots: Sequence[Slot], before: Tensor, after: Tensor, ok: Tensor) -> Te
         for p, ref, delta, x in _blocks(slot.param, slot.ref, slot.delta, slot.x):
             if delta is not None:
                 x = _placed(ref, delta, here, p.dtype)
-            update = torch.where(counts, p.to(ref.dtype) - x, 0)
+            # An element whose update is not finite (0/0 in the base, say) stays where it is.
+            update = torch.where(counts, (p.to(ref.dtype) - x).nan_to_num_(0.0, 0.0, 0.0), 0)
             if delta is None:
                 delta = _recomputed(x, ref, here)
                 update_sq[slot.index] += _dot(update, update).to(update_sq)

@@ -61,6 +61,7 @@ class Sums(NamedTuple):
     x_sq: Tensor  # ‖x_t‖²
     delta_sq: Tensor  # ‖Δ_t‖²
     entered_sq: Tensor  # ‖x_t‖² of the parameters that get their x_ref in this step
+    numel: Tensor  # how many elements have a gradient
     update_sq: Tensor  # ‖u_{t-1}‖², where Δ is recomputed; else 0
 
 
@@ -73,8 +74,9 @@ class Tuner(NamedTuple):
     s: Tensor  # [n] the scales; Σ s multiplies Δ
     h: Tensor  # []  h of the last step that counted
     scale: Tensor  # []  S: parameters stand at x_ref + S·Δ
-    delta_norm: Tensor  # []  ‖Δ‖ at the last step
-    update_norm: Tensor  # []  largest change of ‖Δ‖ in one step so far: the size of an update
+    delta_norm: Tensor  # []  ‖Δ‖ at the last step, over the elements that had a gradient
+    numel: Tensor  # []  their number
+    update_norm: Tensor  # []  U, the largest change of ‖Δ‖ in one step so far: the size of an update
     ref_sq: Tensor  # []  ‖x_ref‖²
     skipped: Tensor  # []  steps skipped because a gradient was not finite
     update_sq: Tensor  # []  ‖u‖² of the last step over this process's parameters, where Δ is recomputed
@@ -82,11 +84,11 @@ class Tuner(NamedTuple):
     @staticmethod
     def size(n: int) -> int:
         """Elements of the flat form for n betas."""
-        return 4 * n + 7
+        return 4 * n + 8
 
     @staticmethod
     def unpack(flat: Tensor, n: int) -> Tuner:
-        """Views of a flat [4n + 7] tensor."""
+        """Views of a flat [4n + 8] tensor."""
         return Tuner(*flat[: 4 * n].view(4, n), *flat[4 * n :])
 
     def pack(self) -> Tensor:
@@ -100,17 +102,20 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     Args:
         old: the state after the last step.
         sums: the global sums at x_t.
-        ok: 0-d bool. False: the sums are not finite, and the state stays, with one more skipped step.
+        ok: 0-d bool. False: the sums are not finite, and the state stays, but for one more skipped step and the
+            norm of the parameters that entered.
         betas: ``options.betas`` as a [n] tensor on the state's device.
         options: variant, s_decay, s_init, eps, store_delta.
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
     """
     n = betas.numel()
     delta_norm = torch.where(sums.delta_sq > 0, sums.delta_sq.sqrt(), old.delta_norm)
-    update_norm = torch.maximum(old.update_norm, (delta_norm - old.delta_norm).abs())
-    # A recomputed Δ cannot tell the first update: S is 0 until the size of an update is known.
+    # Two norms are compared over the same elements, or (once) to know the size of an update at all. Where Δ is
+    # recomputed the first Δ is lost, S being 0 until that size is known: there ‖u‖ itself tells.
+    grown = torch.maximum(old.update_norm, (delta_norm - old.delta_norm).abs())
+    update_norm = torch.where((sums.numel == old.numel) | (old.update_norm == 0), grown, old.update_norm)
     update_norm = torch.where(update_norm > 0, update_norm, sums.update_sq.sqrt())
-    ref_sq = old.ref_sq + sums.entered_sq
+    ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
     start = _over(RELATIVE_START * (1 + ref_sq.sqrt()), update_norm)  # as DoG starts; 0 before the first update
     if options.variant == "paper":
         s_init = start.new_full((), options.s_init or PAPER_S_INIT)
@@ -133,9 +138,9 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
         # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
         scale = torch.maximum(scale, start)
 
-    new = Tuner(m, v, r, s, h, scale, delta_norm, update_norm, ref_sq, old.skipped, old.update_sq)
+    new = Tuner(m, v, r, s, h, scale, delta_norm, sums.numel, update_norm, ref_sq, old.skipped, old.update_sq)
     kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
-    return kept._replace(skipped=old.skipped + ~ok)
+    return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
