@@ -40,7 +40,7 @@ def tests(session: nox.Session) -> None:
         "--cov-fail-under",
         "95",
     )
-    default = ("-n", "2", "-m", "not agreement", "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
+    default = ("-n", "2", "-m", "not (agreement or distributed or frameworks)", "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
     pytest(session, *(session.posargs or default))
 
 
@@ -64,6 +64,13 @@ def agreement(session: nox.Session) -> None:
     """Live against the authors' packages, mechanic-pytorch and optax."""
     install(session, ".", "pytest", "hypothesis", "mechanic-pytorch", "optax")
     pytest(session, "-m", "agreement", str(ROOT / "tests" / "test_agreement.py"), *session.posargs)
+
+
+@nox.session
+def distributed(session: nox.Session) -> None:
+    """FSDP2, HSDP, DDP and distributed checkpoints, with 2 and 4 processes on the CPU."""
+    install(session, ".", *TESTS, "numpy")
+    pytest(session, "-n", "2", "-m", "distributed", str(ROOT / "tests"), *session.posargs)
 
 
 @nox.session

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from manic import Mechanic
 
+pytestmark = pytest.mark.distributed
 STEPS = 40
 
 

@@ -21,6 +21,7 @@ def snippets(page: str) -> list[str]:
 PAGES = [str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is what the snippet is about
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
 def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

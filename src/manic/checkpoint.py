@@ -41,6 +41,7 @@ def options_of(mechanic: Mechanic) -> dict[str, Any]:
         "base": type(mechanic.base_optimizer).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "unit": mechanic._unit,
+        "lazy": mechanic._lazy,
         **dataclasses.asdict(mechanic._options),
     }
 
@@ -73,7 +74,7 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
             "is loaded, and the tuner starts afresh"
         )
     else:
-        options, unit = _check_tuner(mechanic, groups)
+        options, unit, lazy = _check_tuner(mechanic, groups)
         _check_state(mechanic, state_dict, options)
         _name_differences(mechanic, groups[0]["mechanic_options"], options)
 
@@ -85,7 +86,7 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
         if plain:
             mechanic._start_afresh()
         else:
-            mechanic._options, mechanic._unit = options, unit
+            mechanic._options, mechanic._unit, mechanic._lazy = options, unit, lazy
             _load_tuner(mechanic, state_dict)
             if scheduler is not None and "mechanic_scheduler" in groups[0]:
                 scheduler.load_state_dict(copy.deepcopy(groups[0]["mechanic_scheduler"]))
@@ -124,8 +125,8 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
     return list(saved)
 
 
-def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Options, float]:
-    """The options and unit that the checkpoint was written with."""
+def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Options, float, bool]:
+    """The options, unit and laziness that the checkpoint was written with."""
     for i, group in enumerate(groups):
         for key in ("mechanic_options", "mechanic_state", "mechanic_step"):
             if key not in group:
@@ -143,7 +144,7 @@ def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Opti
             f"the checkpoint was written with the scheduler {theirs}, this Mechanic has {type(scheduler).__name__}"
         )
     try:
-        unit = float(saved.pop("unit"))
+        unit, lazy = float(saved.pop("unit")), bool(saved.pop("lazy"))
         options = Options(**saved)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint's options are broken: {error}") from error
@@ -156,7 +157,7 @@ def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Opti
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{key} of param group {i} must be a float tensor of shape {expected}, got {got}")
 
-    return options, unit
+    return options, unit, lazy
 
 
 def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Options) -> None:

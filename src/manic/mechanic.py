@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manic import checkpoint
-from manic.reduction import all_reduce
-from manic.storage import DELTA, REF, Slot, slots, wide
-from manic.sweeps import hold, measure, move
+from manic.reduction import over_group, over_mesh
+from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, local, shards, slots, wide
+from manic.sweeps import GRAD_SQ, hold, measure, move
 from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class Mechanic(Optimizer):
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
         self._calls = 0
         self._stepping = self._warned = False
+        # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
+        self._lazy = not any(base_optimizer.state.values())
         self._watch_base()
         self._start_afresh()
 
@@ -144,16 +146,18 @@ class Mechanic(Optimizer):
             the closure's loss, or None.
         """
         loss, closure = _evaluate(closure)
+        if self._calls == 0 and self._is_rehearsal():
+            return loss
         active, idle = self._slots()
         before = self._read("scale")  # S_t
-        sums = measure(active, before)  # ⟨Δ,g⟩ ⟨Δ,x⟩ ‖g‖² ‖x‖² ‖Δ‖²
+        sums = self._measure(active, before)  # ⟨Δ,g⟩ ⟨Δ,x⟩ ‖g‖² ‖x‖² ‖Δ‖²
         tuners, ok = self._tune(sums)  # h m v r W → s_{t+1}
         if _known_false(ok):
             self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
         else:
             after = torch.stack([new.scale for new in tuners])  # S_{t+1}
             self._propose(active, closure, before, ok)  # x_t + u_t
-            update_sq = move(active, before, after, ok)  # Δ += u_t, x = x_ref + S·Δ
+            update_sq = self._move(active, before, after, ok)  # Δ += u_t, x = x_ref + S·Δ
             hold(idle, before, after)
             self._store(active)
             self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
@@ -161,6 +165,36 @@ class Mechanic(Optimizer):
                 self.scheduler.step()
         self._log()
         return loss
+
+    @disable_dynamo
+    def _is_rehearsal(self) -> bool:
+        """torch.distributed.checkpoint makes an optimizer create its state by a step with lr and gradients of 0.
+
+        Before the first real step only. Such a step runs the base and nothing else: the parameters stay, tuner
+        and scheduler wait, and x_ref and Δ lie in the state for a checkpoint to be loaded over them. Otherwise
+        what a rehearsal left behind is swept away, and the step is a real one. It looks at values only while
+        every lr is 0 and no state is there.
+        """
+        groups = self.param_groups
+        if any(self.state.values()) or any(float(group.get("lr", 1)) != 0 for group in groups):
+            for p in [p for group in groups for p in group["params"] if REF in self.state.get(p, {})]:
+                if self._lazy:
+                    del self.state[p]  # the base's own first step is still to come
+                else:
+                    self.state[p].pop(REF), self.state[p].pop(DELTA, None)
+            return False
+        active, _ = self._slots()
+        if not active or self._measure(active, self._read("scale"))[:, GRAD_SQ].any():
+            return False
+        self._stepping = True
+        try:
+            self.base_optimizer.step()
+        finally:
+            self._stepping = False
+        for slot in active:
+            slot.param.copy_(slot.ref)
+        self._store(active)
+        return True
 
     def _slots(self) -> tuple[list[Slot], list[Slot]]:
         """The parameters that have a gradient, and those with a recomputed Δ that sit this step out."""
@@ -172,6 +206,31 @@ class Mechanic(Optimizer):
         active = [slot for slot in all_slots if slot.grad is not None]
         idle = [slot for slot in all_slots if slot.grad is None and slot.delta is None]
         return active, idle
+
+    def _layouts(self) -> list[Layout]:
+        """How the parameters are spread over processes, alike on every rank: sharded ones first."""
+        found = dict.fromkeys(layout_of(p) for group in self.param_groups for p in group["params"])
+        return sorted(found, key=shards, reverse=True) or [None]
+
+    def _measure(self, active: list[Slot], before: Tensor) -> Tensor:
+        """The global sums at x_t: [k, 8], columns as in :class:`manic.tuner.Sums`."""
+        total = torch.zeros(len(before), len(Sums._fields), dtype=before.dtype, device=before.device)
+        for i, layout in enumerate(self._layouts()):
+            part = measure([slot for slot in active if slot.layout == layout], before)
+            if i == 0:
+                part[:, -1] = self._read("update_sq")
+            total += over_mesh(part, layout)
+        return over_group(total, self.process_group)
+
+    def _move(self, active: list[Slot], before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
+        """The second pass; returns ‖u_t‖² over this process's share of the parameters, [k]."""
+        layouts = self._layouts()
+        update_sq = torch.zeros_like(after)
+        for layout in layouts:
+            part = move([slot for slot in active if slot.layout == layout], before, after, ok)
+            # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
+            update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
+        return update_sq
 
     def _flat(self) -> list[Tensor]:
         """The stored state of every learned scale: one, or one per group."""
@@ -189,8 +248,6 @@ class Mechanic(Optimizer):
     def _tune(self, sums: Tensor) -> tuple[list[Tuner], Tensor]:
         """The scalar half of the step: the new state of every learned scale, not yet stored, and whether the
         step counts, a 0-d bool on the tuner's device."""
-        sums[:, -1] = self._read("update_sq")
-        sums = all_reduce(sums, self.process_group)
         ok = torch.isfinite(sums).all()
         unit = self._unit or 1.0
         pairs = zip(self._tuners(), sums, strict=True)
@@ -207,7 +264,7 @@ class Mechanic(Optimizer):
         if not _on_host(ok):
             for slot in active:
                 assert slot.grad is not None
-                values = slot.grad._values() if slot.grad.is_sparse else slot.grad
+                values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
                 values.masked_fill_(~ok.to(values.device), 0)
         self._stepping = True
         try:
@@ -242,9 +299,12 @@ class Mechanic(Optimizer):
         """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them."""
         for slot in active:
             if slot.entering:
-                self.state[slot.param][REF] = slot.ref
-                if slot.delta is not None:
-                    self.state[slot.param][DELTA] = slot.delta
+                self._put(slot.param, slot.ref, slot.delta)
+
+    def _put(self, p: Tensor, ref: Tensor, delta: Tensor | None) -> None:
+        self.state[p][REF] = ref
+        if delta is not None:
+            self.state[p][DELTA] = delta
 
     # ------------------------------------------------------------------ what the user reads
 
@@ -394,6 +454,9 @@ class Mechanic(Optimizer):
         self._clothe(self.param_groups)
         self._calls = 0
         self._settle()
+        if not self._lazy:
+            for p in [p for p, values in self.state.items() if values]:
+                self._put(p, *entry(p, store_delta=self._options.store_delta))
 
     def _take_unit(self) -> None:
         """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0."""
@@ -442,8 +505,6 @@ class Mechanic(Optimizer):
     @staticmethod
     def _check_params(params: list[Tensor], options: Options) -> None:
         for p in params:
-            if hasattr(p, "to_local"):
-                raise ValueError("sharded parameters (DTensor) are not supported by this version of manic")
             if not options.store_delta and wide(p.dtype) != p.dtype:
                 raise ValueError(
                     f"store_delta=False recomputes Δ from the parameters, and the digits of {p.dtype} cannot hold it; "

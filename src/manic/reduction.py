@@ -6,12 +6,29 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from manic.storage import Layout
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def all_reduce(sums: Tensor, process_group: ProcessGroup | None) -> Tensor:
-    """The sums over all ranks of `process_group`, in place; None: this process holds all parameters.
+def over_mesh(sums: Tensor, layout: Layout) -> Tensor:
+    """The sums over all shards of the parameters of one layout; one all-reduce if a mesh dimension cuts them.
+
+    Replicas (HSDP) count once. To be called on every rank in every step, on ranks without gradients too.
+    """
+    if layout is None or not any(layout[1]):
+        return sums
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, cuts = layout
+    placements = [Partial() if cut else Replicate() for cut in cuts]
+    part = sums.to(mesh.device_type)
+    return DTensor.from_local(part, mesh, placements, run_check=False).full_tensor().to(sums.device)
+
+
+def over_group(sums: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    """The sums over all ranks of `process_group`, in place; None: this process has all sums.
 
     One collective, to be called on every rank in every step, on ranks without gradients too.
     """

@@ -7,6 +7,7 @@ they are the master weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,34 @@ class Slot:
     index: int  # which learned scale
     ref: Tensor  # x_ref, shape of param
     delta: Tensor | None  # Δ, shape of param; None: recomputed as (x - x_ref) / S
+    layout: Layout = None  # where the elements of param, grad, ref and delta are
     entering: bool = False  # x_ref was taken in this step, Δ is 0
     x: Tensor | None = None  # x_t, where Δ is recomputed: the base step overwrites the parameter
+
+
+# Where the elements of a parameter are: all here (None), or a DTensor's mesh and whether each of its dimensions cuts.
+Layout = tuple[Any, tuple[bool, ...]] | None
+
+
+def layout_of(p: Tensor) -> Layout:
+    """The layout of a parameter: sums over parameters of one layout are completed by one collective."""
+    placements = getattr(p, "placements", None)
+    if placements is None:
+        return None
+    return getattr(p, "device_mesh"), tuple(placement.is_shard() for placement in placements)  # noqa: B009
+
+
+def shards(layout: Layout) -> int:
+    """How many processes a parameter's elements are cut over."""
+    if layout is None:
+        return 1
+    mesh, cuts = layout
+    return math.prod(mesh.size(i) for i, cut in enumerate(cuts) if cut)
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's part of a tensor: a view."""
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -37,13 +64,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def entry(p: Tensor, *, store_delta: bool) -> tuple[Tensor, Tensor | None]:
+    """x_ref, p's value of this moment, and Δ = 0 or, where it is recomputed, None."""
+    ref = p.detach().to(wide(p.dtype), copy=True)
+    return ref, torch.zeros_like(ref) if store_delta else None
+
+
 def slots(
     param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], *, store_delta: bool, per_group: bool
 ) -> Iterator[Slot]:
     """Every parameter that has a gradient, or has had one and sits this step out.
 
-    A parameter gets x_ref, its value of that moment, and Δ = 0 with its first gradient.
-    They are not put into `state` here: many optimizers take an empty ``state[p]`` for "first step".
+    A parameter gets x_ref and Δ with its first gradient. They are not put into `state` here: many optimizers
+    take an empty ``state[p]`` for "first step".
     """
     for i, group in enumerate(param_groups):
         sign = -1.0 if group.get("maximize") else 1.0
@@ -53,8 +86,10 @@ def slots(
                 continue
             entering = ref is None
             if entering:
-                ref = p.detach().to(wide(p.dtype), copy=True)
-                delta = torch.zeros_like(ref) if store_delta else None
+                ref, delta = entry(p, store_delta=store_delta)
             else:
                 delta = state[p].get(DELTA)
-            yield Slot(p, p.grad, sign, i if per_group else 0, ref, delta, entering)
+            grad = p.grad
+            if grad is not None and getattr(grad, "placements", None) != getattr(p, "placements", None):
+                grad = grad.redistribute(placements=p.placements)
+            yield Slot(p, grad, sign, i if per_group else 0, ref, delta, layout_of(p), entering)

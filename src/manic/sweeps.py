@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manic.storage import Slot
+from manic.storage import Slot, local
 from manic.tuner import Sums
 
 # The first five columns of the sums are what one block yields; the others come from elsewhere.
-X_SQ, ENTERED_SQ, NUMEL = map(Sums._fields.index, ("x_sq", "entered_sq", "numel"))
+GRAD_SQ, X_SQ, ENTERED_SQ, NUMEL = map(Sums._fields.index, ("grad_sq", "x_sq", "entered_sq", "numel"))
 
 BLOCK = 128 * 1024  # elements: some float32 blocks fit in a core's L2 cache, and a float32 sum keeps its digits
 
@@ -49,7 +49,7 @@ def measure(slots: Sequence[Slot], scales: Tensor) -> Tensor:
             if entering:
                 sums[index, ENTERED_SQ] += row[X_SQ]
     for slot in slots:
-        sums[slot.index, NUMEL] += slot.param.numel()
+        sums[slot.index, NUMEL] += local(slot.param).numel()
     return sums
 
 
@@ -148,7 +148,7 @@ def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     In memory order where all of them are dense and laid out alike (channels_last among them), else cut along
     the longest dimension until the pieces are small.
     """
-    views = [None if t is None else _real(t.detach()) for t in tensors]
+    views = [None if t is None else _real(local(t.detach())) for t in tensors]
     first = views[0]
     assert first is not None
     order = sorted(range(first.dim()), key=first.stride, reverse=True)
