@@ -40,7 +40,8 @@ def tests(session: nox.Session) -> None:
         "--cov-fail-under",
         "95",
     )
-    default = ("-n", "2", "-m", "not (agreement or distributed or frameworks)", "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
+    alone = "not (agreement or distributed or frameworks)"  # the others have sessions of their own
+    default = ("-n", "2", "-m", alone, "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
     pytest(session, *(session.posargs or default))
 
 
@@ -71,6 +72,13 @@ def distributed(session: nox.Session) -> None:
     """FSDP2, HSDP, DDP and distributed checkpoints, with 2 and 4 processes on the CPU."""
     install(session, ".", *TESTS, "numpy")
     pytest(session, "-n", "2", "-m", "distributed", str(ROOT / "tests"), *session.posargs)
+
+
+@nox.session
+def frameworks(session: nox.Session) -> None:
+    """Real training, save and resume in Lightning, Transformers and Accelerate."""
+    install(session, ".", *TESTS, "lightning", "transformers", "accelerate")
+    pytest(session, "-n", "2", "-m", "frameworks", str(ROOT / "tests"), *session.posargs)
 
 
 @nox.session

@@ -95,7 +95,7 @@ class Run:
         return {name: whole(p.detach()).clone() for name, p in self.net.named_parameters()}
 
     def state(self) -> dict[str, Any]:
-        """Everything that a checkpoint must keep, whole."""
+        """Everything that a checkpoint must keep, whole. (Flattened, torch leaves out what is frozen.)"""
         state, (group, *_) = self.mechanic.state, self.mechanic.param_groups
         return {
             "tuner": group["mechanic_state"].clone(),
@@ -105,6 +105,7 @@ class Run:
             **{
                 f"{name}.{key}": whole(value).clone()
                 for name, p in self.net.named_parameters()
+                if p.requires_grad
                 for key, value in state.get(p, {}).items()
             },
         }

@@ -714,6 +714,8 @@ def test_mechanize_is_the_class_door(problem: Problem) -> None:
     parameters, others = problem.parameters(), problem.parameters()
     one = mechanize(torch.optim.SGD, variant="paper", s_init=1e-3)(parameters, lr=0.1, momentum=0.9)
     two = Mechanic(torch.optim.SGD(others, lr=0.1, momentum=0.9), variant="paper", s_init=1e-3)
+    assert type(one) is Mechanic
+    assert issubclass(mechanize(torch.optim.SGD), torch.optim.Optimizer), "what trainers ask of a class"
     assert is_mechanized(one)
     assert is_mechanized(two)
     assert not is_mechanized(two.base_optimizer)

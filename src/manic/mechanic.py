@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from manic import checkpoint
 from manic.reduction import over_group, over_mesh
 from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, local, shards, slots, wide
-from manic.sweeps import GRAD_SQ, hold, measure, move
+from manic.sweeps import GRAD_SQ, NUMEL, hold, measure, move
 from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Mechanic(Optimizer):
             the closure's loss, or None.
         """
         loss, closure = _evaluate(closure)
-        if self._calls == 0 and self._is_rehearsal():
+        if self._calls == 0 and self._is_rehearsal(closure):
             return loss
         active, idle = self._slots()
         before = self._read("scale")  # S_t
@@ -167,7 +167,7 @@ class Mechanic(Optimizer):
         return loss
 
     @disable_dynamo
-    def _is_rehearsal(self) -> bool:
+    def _is_rehearsal(self, closure: object) -> bool:
         """torch.distributed.checkpoint makes an optimizer create its state by a step with lr and gradients of 0.
 
         Before the first real step only. Such a step runs the base and nothing else: the parameters stay, tuner
@@ -176,15 +176,17 @@ class Mechanic(Optimizer):
         every lr is 0 and no state is there.
         """
         groups = self.param_groups
-        if any(self.state.values()) or any(float(group.get("lr", 1)) != 0 for group in groups):
+        real = closure is not None or any(float(group.get("lr", 1)) != 0 for group in groups)
+        if real or any(self.state.values()):
             for p in [p for group in groups for p in group["params"] if REF in self.state.get(p, {})]:
                 if self._lazy:
                     del self.state[p]  # the base's own first step is still to come
-                else:
+                elif p.grad is not None:
                     self.state[p].pop(REF), self.state[p].pop(DELTA, None)
             return False
         active, _ = self._slots()
-        if not active or self._measure(active, self._read("scale"))[:, GRAD_SQ].any():
+        sums = self._measure(active, self._read("scale")).sum(0)  # of all ranks: their verdict is the same
+        if sums[NUMEL] == 0 or sums[GRAD_SQ] != 0:
             return False
         self._stepping = True
         try:
@@ -230,7 +232,7 @@ class Mechanic(Optimizer):
             part = move([slot for slot in active if slot.layout == layout], before, after, ok)
             # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
             update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
-        return update_sq
+        return update_sq.nan_to_num_(0.0, 0.0, 0.0)
 
     def _flat(self) -> list[Tensor]:
         """The stored state of every learned scale: one, or one per group."""
@@ -525,7 +527,7 @@ class Mechanic(Optimizer):
             )
 
 
-def mechanize(base: Callable[..., Optimizer], **options: Any) -> Callable[..., Mechanic]:
+def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
     """For code that builds its optimizer by class: ``mechanize(torch.optim.SGD)(model.parameters(), lr=0.1)``.
 
     Args:
@@ -533,7 +535,10 @@ def mechanize(base: Callable[..., Optimizer], **options: Any) -> Callable[..., M
         options: keyword arguments of :class:`Mechanic`.
 
     Returns:
-        a function of the base's own arguments that returns a :class:`Mechanic`.
+        a class to be called with the base's own arguments. What it builds is a plain :class:`Mechanic`.
+
+    Raises:
+        TypeError: `base` is no optimizer class, or that of a Mechanic.
     """
     if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, Mechanic):
         raise TypeError(
@@ -541,11 +546,11 @@ def mechanize(base: Callable[..., Optimizer], **options: Any) -> Callable[..., M
             "an optimizer that is built already goes to Mechanic(optimizer)"
         )
 
-    def build(*args: Any, **base_options: Any) -> Mechanic:
+    # A class, since trainers ask for a subclass of Optimizer; with __new__, so that what it builds can be pickled.
+    def build(_: type, *args: Any, **base_options: Any) -> Mechanic:
         return Mechanic(base(*args, **base_options), **options)
 
-    build.__name__ = build.__qualname__ = f"Mechanic{base.__name__}"
-    return build
+    return type(f"Mechanic{base.__name__}", (Mechanic,), {"__new__": build, "__doc__": mechanize.__doc__})
 
 
 def is_mechanized(optimizer: object) -> bool:
