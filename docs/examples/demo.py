@@ -121,12 +121,12 @@ def picture(runs: dict[tuple[float, bool], dict[str, Any]], steps: int, path: Pa
         # The tuned runs lie on top of each other: the later, the thinner, so that all can be seen.
         width += 1.5 * (len(LRS) - 1 - LRS.index(lr)) * tuned
         label = f"{'Mechanic' if tuned else 'AdamW'}, base lr {lr:g}"
-        if not (loss[steps // 2 :] < 6).all():
+        if not (loss[steps // 2 :] < 7.5).all():
             label += " (off the chart)"
         left.plot(smooth, color=colors[lr], linestyle=style, linewidth=width, label=label)
         if tuned:
             right.plot(torch.where(scale > 0, scale, math.nan), color=colors[lr], linewidth=2, label=f"base lr {lr:g}")
-    left.set(title="training loss (mean of 10 steps)", xlabel="step", ylabel="nats per character", ylim=(1.5, 6))
+    left.set(title="training loss (mean of 10 steps)", xlabel="step", ylabel="nats per character", ylim=(1.5, 7.5))
     right.set(title="learned scale", xlabel="step", ylabel="scale (factor on the base's updates)", yscale="log")
     left.legend()
     right.legend()
