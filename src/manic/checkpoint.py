@@ -33,17 +33,20 @@ SHAPED = {
 }
 
 
-def options_of(mechanic: Mechanic) -> dict[str, Any]:
-    """What a checkpoint says of the Mechanic that wrote it, in types that ``weights_only`` admits."""
+def record(mechanic: Mechanic) -> None:
+    """Write what a checkpoint says of its Mechanic into the param groups, in types that ``weights_only`` admits."""
     scheduler = mechanic.scheduler
-    return {
-        "format": FORMAT,
-        "base": type(mechanic.base_optimizer).__name__,
-        "scheduler": None if scheduler is None else type(scheduler).__name__,
-        "unit": mechanic._unit,
-        "lazy": mechanic._lazy,
-        **dataclasses.asdict(mechanic._options),
-    }
+    for group in mechanic.param_groups:
+        group["mechanic_options"] = {
+            "format": FORMAT,
+            "base": type(mechanic.base_optimizer).__name__,
+            "scheduler": None if scheduler is None else type(scheduler).__name__,
+            "unit": mechanic._unit,
+            "lazy": mechanic._lazy,
+            **dataclasses.asdict(mechanic._options),
+        }
+        if scheduler is not None:
+            group["mechanic_scheduler"] = copy.deepcopy(scheduler.state_dict())
 
 
 def warn(message: str) -> None:
@@ -57,9 +60,7 @@ def warn(message: str) -> None:
 
 def pack(mechanic: Mechanic) -> dict[str, Any]:
     """The state dict. Its tensors are the live ones, as in torch; the scheduler's state is a copy."""
-    if mechanic.scheduler is not None:
-        for group in mechanic.param_groups:
-            group["mechanic_scheduler"] = copy.deepcopy(mechanic.scheduler.state_dict())
+    record(mechanic)  # the scheduler has moved on
     return mechanic.base_optimizer.state_dict()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -121,7 +120,6 @@ class Mechanic(Optimizer):
         self.log_every = log_every
         devices = [p.device for group in base_optimizer.param_groups for p in group["params"]]
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
-        self._calls = 0
         self._stepping = self._warned = False
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not any(base_optimizer.state.values())
@@ -146,8 +144,10 @@ class Mechanic(Optimizer):
             the closure's loss, or None.
         """
         loss, closure = _evaluate(closure)
-        if self._calls == 0 and self._is_rehearsal(closure):
-            return loss
+        if self._calls == 0:
+            if self._rehearse(closure):
+                return loss
+            self._forget_rehearsal()
         active, idle = self._slots()
         before = self._read("scale")  # S_t
         sums = self._measure(active, before)  # ⟨Δ,g⟩ ⟨Δ,x⟩ ‖g‖² ‖x‖² ‖Δ‖²
@@ -167,36 +167,34 @@ class Mechanic(Optimizer):
         return loss
 
     @disable_dynamo
-    def _is_rehearsal(self, closure: object) -> bool:
+    def _rehearse(self, closure: object) -> bool:
         """torch.distributed.checkpoint makes an optimizer create its state by a step with lr and gradients of 0.
 
         Before the first real step only. Such a step runs the base and nothing else: the parameters stay, tuner
-        and scheduler wait, and x_ref and Δ lie in the state for a checkpoint to be loaded over them. Otherwise
-        what a rehearsal left behind is swept away, and the step is a real one. It looks at values only while
-        every lr is 0 and no state is there.
+        and scheduler wait, and x_ref and Δ lie in the state for a checkpoint to be loaded over them. Returns
+        whether this step was one. It looks at values only while every lr is 0 and no state is there.
         """
-        groups = self.param_groups
-        real = closure is not None or any(float(group.get("lr", 1)) != 0 for group in groups)
+        real = closure is not None or any(float(group.get("lr", 1)) != 0 for group in self.param_groups)
         if real or any(self.state.values()):
-            for p in [p for group in groups for p in group["params"] if REF in self.state.get(p, {})]:
-                if self._lazy:
-                    del self.state[p]  # the base's own first step is still to come
-                elif p.grad is not None:
-                    self.state[p].pop(REF), self.state[p].pop(DELTA, None)
             return False
         active, _ = self._slots()
         sums = self._measure(active, self._read("scale")).sum(0)  # of all ranks: their verdict is the same
         if sums[NUMEL] == 0 or sums[GRAD_SQ] != 0:
             return False
-        self._stepping = True
-        try:
-            self.base_optimizer.step()
-        finally:
-            self._stepping = False
+        self._step_base(None)
         for slot in active:
             slot.param.copy_(slot.ref)
         self._store(active)
         return True
+
+    @disable_dynamo
+    def _forget_rehearsal(self) -> None:
+        """Sweep away what a rehearsal, or a checkpoint of one, left in the state: the first real step begins."""
+        for p in [p for group in self.param_groups for p in group["params"] if REF in self.state.get(p, {})]:
+            if self._lazy:
+                del self.state[p]  # the base's own first step is still to come
+            elif p.grad is not None:
+                self.state[p].pop(REF), self.state[p].pop(DELTA, None)
 
     def _slots(self) -> tuple[list[Slot], list[Slot]]:
         """The parameters that have a gradient, and those with a recomputed Δ that sit this step out."""
@@ -268,13 +266,17 @@ class Mechanic(Optimizer):
                 assert slot.grad is not None
                 values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
                 values.masked_fill_(~ok.to(values.device), 0)
-        self._stepping = True
         try:
             with self._unit_lr():
-                self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+                self._step_base(closure)
         except BaseException:
             move(active, before, before, torch.zeros_like(ok))
             raise
+
+    def _step_base(self, closure: Callable[[], Any] | None) -> None:
+        self._stepping = True  # not behind the wrapper's back
+        try:
+            self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
         finally:
             self._stepping = False
 
@@ -493,12 +495,9 @@ class Mechanic(Optimizer):
             self._settle()
 
     def _settle(self) -> None:
-        """What follows from the options and the unit: the β on the device, and the groups' own record of both."""
+        """What follows from the options and the unit: the β on the device, and the groups' own record."""
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
-        for group in self.param_groups:
-            group["mechanic_options"] = checkpoint.options_of(self)
-            if self.scheduler is not None:
-                group["mechanic_scheduler"] = copy.deepcopy(self.scheduler.state_dict())
+        checkpoint.record(self)
 
     def _fresh_state(self) -> Tensor:
         size = Tuner.size(len(self._options.betas))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from manic.storage import Layout
+from manic.storage import Layout, shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -17,7 +17,7 @@ def over_mesh(sums: Tensor, layout: Layout) -> Tensor:
 
     Replicas (HSDP) count once. To be called on every rank in every step, on ranks without gradients too.
     """
-    if layout is None or not any(layout[1]):
+    if layout is None or shards(layout) == 1:
         return sums
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

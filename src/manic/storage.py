@@ -38,12 +38,11 @@ class Slot:
 Layout = tuple[Any, tuple[bool, ...]] | None
 
 
-def layout_of(p: Tensor) -> Layout:
+def layout_of(p: Any) -> Layout:
     """The layout of a parameter: sums over parameters of one layout are completed by one collective."""
-    placements = getattr(p, "placements", None)
-    if placements is None:
+    if not hasattr(p, "placements"):
         return None
-    return getattr(p, "device_mesh"), tuple(placement.is_shard() for placement in placements)  # noqa: B009
+    return p.device_mesh, tuple(placement.is_shard() for placement in p.placements)
 
 
 def shards(layout: Layout) -> int:
