@@ -62,7 +62,7 @@ def test_the_matrix_sees_what_is_lost(drop: str) -> None:
         if drop == "mechanic_state":
             group[drop].zero_()
         if drop == "mechanic_scheduler":
-            group[drop]["last_epoch"] = 0
+            group[drop][0]["last_epoch"] = 0
     for values in state["mechanic"]["state"].values():
         if drop in values:
             values[drop].zero_()
@@ -243,7 +243,7 @@ def breakages() -> dict[str, Any]:
         return apply
 
     group = lambda state: state["param_groups"][0]  # noqa: E731
-    options = lambda state: group(state)["mechanic_options"]  # noqa: E731
+    options = lambda state: group(state)["mechanic_options"][0]  # noqa: E731
     return {
         "no optimizer state": (lambda state: {"model": state}, "no optimizer state"),
         "not a dict": (lambda state: {"state": 3, "param_groups": state["param_groups"]}, "no optimizer state"),
@@ -268,6 +268,28 @@ def breakages() -> dict[str, Any]:
         ),
         "no delta": (edit(lambda s: s["state"][0].pop("mechanic_delta")), "parameter 0"),
         "complex": (edit(lambda s: s["state"][0].update(mechanic_ref=torch.zeros(2, 4) * 1j)), "complex64"),
+        "text for options": (edit(lambda s: group(s).update(mechanic_options="3")), "options are broken: '3'"),
+        "no list of groups": (lambda state: {**state, "param_groups": 3}, "no optimizer state"),
+        "tuner not finite": (
+            edit(lambda s: group(s)["mechanic_state"].index_fill_(0, torch.tensor(25), float("nan"))),
+            "mechanic_state of param group 0 has values .* not finite",
+        ),
+        "step not finite": (edit(lambda s: group(s)["mechanic_step"].fill_(float("inf"))), "mechanic_step .*finite"),
+        "x_ref not finite": (
+            edit(lambda s: s["state"][1]["mechanic_ref"][2:].fill_(float("inf"))),
+            "mechanic_ref of parameter 1 has values .* not finite",
+        ),
+        "no x_ref anywhere": (
+            edit(
+                lambda s: [values.pop(k) for values in s["state"].values() for k in ("mechanic_ref", "mechanic_delta")]
+            ),
+            "of step 10, but has no 'mechanic_ref' for any parameter",
+        ),
+        "state of a stranger": (edit(lambda s: s["state"].update({7: s["state"][0]})), "state of parameter 7"),
+        "base state of one missing": (
+            edit(lambda s: s["state"][1].pop("exp_avg_sq")),
+            "no 'exp_avg_sq' for parameter 1",
+        ),
         "scheduler state": (edit(lambda s: group(s).update(mechanic_scheduler=[1])), None),
         "other base shape": (
             edit(lambda s: s["state"][0].update(exp_avg=torch.zeros(8))),

@@ -669,7 +669,7 @@ def test_a_base_step_behind_the_wrappers_back_is_named_once_and_kept(problem: Pr
         warnings.simplefilter("error")
         mechanic.base_optimizer.step()
     twin = copy.deepcopy(mechanic)
-    twin._warned = False
+    twin._told.clear()
     with pytest.warns(UserWarning, match="behind the Mechanic"):
         twin.base_optimizer.step()
     problem.train(parameters, mechanic, range(5, 6))
@@ -754,3 +754,28 @@ def test_zero_grad(problem: Problem) -> None:
     assert parameters[0].grad.abs().sum() == 0
     mechanic.zero_grad()
     assert parameters[0].grad is None
+
+
+def test_a_scheduler_inside_that_somebody_else_steps_too_is_told_once(problem: Problem) -> None:
+    parameters = problem.parameters()
+    base = torch.optim.SGD(parameters, lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(base, step_size=5)
+    mechanic = Mechanic(base, schedule)
+    problem.train(parameters, mechanic, 3)  # filterwarnings = error: nothing is said
+    schedule.step()
+    with pytest.warns(UserWarning, match="StepLR was stepped by somebody else as well"):
+        mechanic.step()
+    schedule.step()
+    mechanic.step()
+    mechanic.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+    mechanic.step()
+
+
+def test_a_scheduler_inside_and_one_on_the_wrapper_are_told(problem: Problem) -> None:
+    parameters = problem.parameters()
+    base = torch.optim.SGD(parameters, lr=0.1)
+    mechanic = Mechanic(base, torch.optim.lr_scheduler.StepLR(base, step_size=5))
+    torch.optim.lr_scheduler.ExponentialLR(mechanic, gamma=0.9)
+    problem.loss(parameters, 0).backward()
+    with pytest.warns(UserWarning, match=r"built on the Mechanic, and StepLR is inside: both set the same lr"):
+        mechanic.step()

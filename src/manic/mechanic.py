@@ -44,7 +44,7 @@ class Mechanic(Optimizer):
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
     ``mechanic_state`` (float64 [4n + 8], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
-    ``mechanic_options`` and ``mechanic_scheduler`` (dicts); in ``state[p]``, from p's first step on,
+    ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple); in ``state[p]``, from p's first step on,
     ``mechanic_ref`` and ``mechanic_delta`` (shape of p, float32 or better).
 
     Args:
@@ -120,7 +120,9 @@ class Mechanic(Optimizer):
         self.log_every = log_every
         devices = [p.device for group in base_optimizer.param_groups for p in group["params"]]
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
-        self._stepping = self._warned = False
+        self._stepping = False
+        self._told: set[str] = set()  # the warnings that were given
+        self._epoch: int | None = None  # where our own last step left the scheduler
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not any(base_optimizer.state.values())
         self._watch_base()
@@ -161,8 +163,7 @@ class Mechanic(Optimizer):
             hold(idle, before, after)
             self._store(active)
             self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
-            if self.scheduler is not None:
-                self.scheduler.step()
+            self._step_schedule()
         self._log()
         return loss
 
@@ -181,11 +182,41 @@ class Mechanic(Optimizer):
         sums = self._measure(active, self._read("scale")).sum(0)  # of all ranks: their verdict is the same
         if sums[NUMEL] == 0 or sums[GRAD_SQ] != 0:
             return False
+        self._create_state(active)
+        return True
+
+    def _create_state(self, active: list[Slot]) -> None:
+        """What a first step with lr and gradients of 0 creates, and nothing else of it."""
+        before = [dict(group) for group in self.param_groups]
         self._step_base(None)
+        for group, values in zip(self.param_groups, before, strict=True):
+            group.update(values)  # some bases count their steps here
         for slot in active:
             slot.param.copy_(slot.ref)
         self._store(active)
-        return True
+
+    @torch.no_grad()
+    def _rehearsed(self) -> dict[str, Any]:
+        """The state dict as it will be after the first step: what DCP is to store, or load. Nothing stays of it."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        before, grads = [dict(group) for group in self.param_groups], [p.grad for p in params]
+        try:
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            for group in self.param_groups:
+                if "lr" in group:
+                    group["lr"] = group["lr"] * 0
+            self._create_state(self._slots()[0])
+            for group, values in zip(self.param_groups, before, strict=True):
+                group.update(values)
+            return checkpoint.pack(self)
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            for group, values in zip(self.param_groups, before, strict=True):
+                group.clear()
+                group.update(values)
+            self.state.clear()
 
     @disable_dynamo
     def _forget_rehearsal(self) -> None:
@@ -299,6 +330,30 @@ class Mechanic(Optimizer):
                 # A base that sets its own lr has set the lent one.
                 group["lr"] = lr if group["lr"] is lent else group["lr"] * unit
 
+    @disable_dynamo
+    def _step_schedule(self) -> None:
+        if self.scheduler is None:
+            return
+        name, epoch = type(self.scheduler).__name__, getattr(self.scheduler, "last_epoch", None)
+        if self._epoch not in (None, epoch):
+            self._tell(
+                f"{name} was stepped by somebody else as well: mechanic.step() steps it, so do not (a framework that "
+                "steps schedulers itself wants one that is built on the Mechanic, and none inside)"
+            )
+        if hasattr(vars(self).get("step"), "_wrapped_by_lr_sched"):
+            self._tell(
+                f"an LR scheduler is built on the Mechanic, and {name} is inside: both set the same lr. Leave one out "
+                "(Trainer of Transformers builds one of its own)"
+            )
+        self.scheduler.step()
+        self._epoch = getattr(self.scheduler, "last_epoch", None)
+
+    def _tell(self, message: str) -> None:
+        """A warning, once."""
+        if message not in self._told:
+            self._told.add(message)
+            checkpoint.warn(message)
+
     def _store(self, active: list[Slot]) -> None:
         """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them."""
         for slot in active:
@@ -399,14 +454,17 @@ class Mechanic(Optimizer):
 
     @disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """Everything: the base's state, the tuner, x_ref, Δ, the options and the scheduler. Copies no tensor.
+        """Everything: the base's state, the tuner, x_ref, Δ, the options and the scheduler.
 
-        Load it with ``torch.load(path, weights_only=True)`` and :meth:`load_state_dict`.
+        Its tensors are the live ones, as in torch, but for the few numbers of the tuner. Load it with
+        ``torch.load(path, weights_only=True)`` and :meth:`load_state_dict`. A Mechanic is a ``Stateful`` of
+        ``torch.distributed.checkpoint`` as well: ``dcp.save({"mechanic": mechanic})``, ``dcp.load`` likewise.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self._adopt()
-        state_dict = checkpoint.pack(self)
+        fresh = not any(self.state.values()) and checkpoint.for_dcp()
+        state_dict = self._rehearsed() if fresh else checkpoint.pack(self)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _or(post_hook(self, state_dict), state_dict)
         return state_dict
@@ -421,7 +479,8 @@ class Mechanic(Optimizer):
 
         Raises:
             ValueError: the checkpoint does not fit (format, base class, scheduler class, number of groups or
-                parameters, shapes). Nothing has been loaded then.
+                parameters, shapes, shards, missing or foreign state, values that are not finite). Nothing has been
+                loaded then, and on every other process that shares the model ``load_state_dict`` raises as well.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -518,9 +577,8 @@ class Mechanic(Optimizer):
             self.base_optimizer.register_step_pre_hook(self._on_base_step)
 
     def _on_base_step(self, *_: object) -> None:
-        if not self._stepping and not self._warned:
-            self._warned = True
-            checkpoint.warn(
+        if not self._stepping:
+            self._tell(
                 f"{type(self.base_optimizer).__name__}.step() was called behind the Mechanic that wraps it: that "
                 "update is not scaled. Call the Mechanic's step() alone."
             )

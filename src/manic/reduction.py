@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from manic.storage import Layout, shards
@@ -37,3 +39,17 @@ def over_group(sums: Tensor, process_group: ProcessGroup | None) -> Tensor:
 
         dist.all_reduce(sums, group=process_group)
     return sums
+
+
+def anywhere(here: bool, layouts: Sequence[Layout], process_group: ProcessGroup | None, device: torch.device) -> bool:
+    """Whether `here` is true on any process that has a part of the model; replicas of sharded tensors included.
+
+    One collective per mesh and one for the group, to be called on every rank alike. Waits for the device.
+    """
+    meshes = dict.fromkeys(layout[0] for layout in layouts if layout is not None)
+    if not meshes and process_group is None:
+        return here
+    count = torch.full((1,), float(here), device=device)
+    for mesh in meshes:
+        count = over_mesh(count, (mesh, (True,) * mesh.ndim))
+    return bool(over_group(count, process_group) > 0)
