@@ -69,16 +69,24 @@ def agreement(session: nox.Session) -> None:
 
 @nox.session
 def distributed(session: nox.Session) -> None:
-    """FSDP2, HSDP, DDP and distributed checkpoints, with 2 and 4 processes on the CPU."""
+    """FSDP2, HSDP, DDP, FSDP1, pipeline stages and their checkpoints, with 2 and 4 processes on the CPU."""
     install(session, ".", *TESTS, "numpy")
-    pytest(session, "-n", "2", "-m", "distributed", str(ROOT / "tests"), *session.posargs)
+    pytest(session, "-m", "distributed", str(ROOT / "tests"), *session.posargs)
 
 
 @nox.session
 def frameworks(session: nox.Session) -> None:
     """Real training, save and resume in Lightning, Transformers and Accelerate."""
     install(session, ".", *TESTS, "lightning", "transformers", "accelerate")
-    pytest(session, "-n", "2", "-m", "frameworks", str(ROOT / "tests"), *session.posargs)
+    pytest(session, "-m", "frameworks", str(ROOT / "tests"), *session.posargs)
+
+
+@nox.session
+def elastic(session: nox.Session) -> None:
+    """torchrun loses a worker, restarts, and goes on from the last checkpoint; a table and a picture."""
+    install(session, ".[demo]", "numpy")
+    out = ROOT / "out" / "elastic"
+    session.run("python", str(ROOT / "docs" / "examples" / "elastic.py"), "--out", str(out), *session.posargs)
 
 
 @nox.session

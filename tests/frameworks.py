@@ -1,7 +1,7 @@
-"""One training run in a framework: python frameworks.py FRAMEWORK VARIANT FOLDER whole|save|resume
+"""Training runs in a framework: python frameworks.py FRAMEWORK FOLDER WHAT..., WHAT among whole, save and resume
 
-"whole" trains STEPS steps, "save" the first half and leaves the framework's own checkpoint in FOLDER, "resume" goes on
-from it. Each writes FOLDER/<what>.pt: parameters, scale and effective lr.
+For every variant of it "whole" trains STEPS steps, "save" the first half and leaves the framework's own checkpoint,
+"resume" goes on from that. Each writes FOLDER/VARIANT/WHAT-RANK.pt: parameters, scale and effective lr.
 """
 
 from __future__ import annotations
@@ -20,6 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from manic import Mechanic, mechanize
 
 STEPS = 24
+VARIANTS = {
+    "lightning": ("inside", "returned", "manual", "bf16", "clip", "accumulate"),
+    "trainer": ("given", "class"),
+    "accelerate": ("inside", "prepared"),
+}
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Data(Dataset[Any]):
@@ -141,14 +147,14 @@ def accelerate(variant: str, folder: Path, what: str) -> tuple[nn.Module, Mechan
     accelerator = Accelerator(cpu=True)
     net = Net()
     mechanic, schedule = optimizer_of(net, inside=variant == "inside")
-    model, optimizer = accelerator.prepare(net, mechanic)
+    model, optimizer, loader = accelerator.prepare(net, mechanic, DataLoader(Data(), batch_size=8 // PROCESSES))
     if schedule is not None:
         schedule = accelerator.prepare(schedule)
     start = 0
     if what == "resume":
         accelerator.load_state(str(folder / "accelerate"))
         start = STEPS // 2
-    for step, batch in enumerate(DataLoader(Data(), batch_size=8)):
+    for step, batch in enumerate(loader):
         if step < start:
             continue
         optimizer.zero_grad()
@@ -163,17 +169,24 @@ def accelerate(variant: str, folder: Path, what: str) -> tuple[nn.Module, Mechan
     return net, mechanic
 
 
-def main(framework: str, variant: str, folder: str, what: str) -> None:
+def main(framework: str, folder: str, *phases: str) -> None:
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("error", "(?s).*(Mechanic|tuner|somebody else)")  # nothing that manic could complain of
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    torch.manual_seed({"whole": 0, "save": 0, "resume": 1}[what])
     run = {"lightning": lightning, "trainer": trainer, "accelerate": accelerate}[framework]
-    net, mechanic = run(variant, Path(folder), what)
-    result = {"parameters": [p.detach() for p in net.parameters()], "scale": mechanic.scale}
-    result["effective_lr"] = torch.tensor(mechanic.effective_lr())
-    result["steps"] = mechanic.param_groups[0]["mechanic_step"]
-    torch.save(result, Path(folder) / f"{what}.pt")
+    for variant in VARIANTS[framework]:
+        place = Path(folder, variant)
+        place.mkdir(exist_ok=True)
+        for what in phases:
+            torch.manual_seed({"whole": 0, "save": 0, "resume": 1}[what])
+            net, mechanic = run(variant, place, what)
+            result = {"parameters": [p.detach() for p in net.parameters()], "scale": mechanic.scale}
+            result["effective_lr"] = torch.tensor(mechanic.effective_lr())
+            result["steps"] = mechanic.param_groups[0]["mechanic_step"]
+            torch.save(result, place / f"{what}-{os.environ.get('RANK', 0)}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

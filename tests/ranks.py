@@ -1,11 +1,15 @@
-"""One rank of a distributed run, on CPU with gloo: python ranks.py SCENARIO RANK WORLD FOLDER ARGUMENTS...
+"""One rank of distributed runs, on CPU with gloo: python ranks.py RANK WORLD FOLDER
 
-Every rank sees the same batch, so that a run is the same on any number of ranks up to rounding.
+FOLDER/jobs.json lists what to run, one after another: [number, scenario, *arguments]. Every rank leaves
+FOLDER/<number>-<rank>.pt. Every rank sees the same batch, so that a run is the same on any number of ranks up to
+rounding.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -25,7 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +40,7 @@ SAVED_AT, STEPS = 10, 30
 BASES: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-3),
 }
 
@@ -61,58 +67,86 @@ class Run:
         kind: str,
         base: str = "adamw",
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: str = "float32",
         frozen: bool = True,
+        groups: int = 1,
         **options: Any,
     ) -> None:
         torch.manual_seed(seed)
-        self.net: nn.Module = Net().to(dtype)
+        self.net: nn.Module = Net().to(getattr(torch, dtype))
         self.net.unused.requires_grad_(not frozen)
-        world = dist.get_world_size()
+        if kind == "fsdp1-flat":
+            del self.net.unused  # what is frozen cannot be in one flat parameter with the rest
+        self.model = self.net
+        world, rank = dist.get_world_size(), dist.get_rank()
         if kind == "fsdp":
             fully_shard(self.net, mesh=init_device_mesh("cpu", (world,)))
         elif kind == "hsdp":
             fully_shard(self.net, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replica", "shard")))
         elif kind == "mixed":
             fully_shard(self.net.first, mesh=init_device_mesh("cpu", (world,)))
-        self.model = DistributedDataParallel(self.net, find_unused_parameters=True) if kind == "ddp" else self.net
-        optimizer = BASES[base](self.model.parameters())
+        elif kind == "ddp":
+            self.model = DistributedDataParallel(self.net, find_unused_parameters=True)
+        elif kind in ("fsdp1", "fsdp1-flat"):
+            spread: dict[str, Any] = {
+                "device_mesh": init_device_mesh("cpu", (world,)),
+                "device_id": torch.device("cpu"),
+            }
+            self.model = FullyShardedDataParallel(self.net, use_orig_params=kind == "fsdp1", **spread)
+            options["process_group"] = dist.group.WORLD
+        self.kind = kind
+        parameters = list(self.model.parameters())
+        if groups > 1:
+            parameters = [{"params": parameters[i::groups]} for i in range(groups)]  # type: ignore[misc]
+        optimizer = BASES[base](parameters)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
         self.mechanic = Mechanic(optimizer, self.schedule, **options)
+        self.last = rank == world - 1
 
     def train(self, steps: range, broken_at: int = -1) -> None:
+        dtype = next(self.net.parameters()).dtype
         for t in steps:
-            generator = torch.Generator().manual_seed(t)
-            x = torch.randn(8, 5, generator=generator).to(next(self.net.parameters()).dtype)
+            x = torch.randn(8, 5, generator=torch.Generator().manual_seed(t)).to(dtype)
             self.mechanic.zero_grad()
             (self.model(x) - x.sum(1, keepdim=True)).float().square().mean().backward()
-            if t == broken_at and dist.get_rank() == dist.get_world_size() - 1:
-                gradient: Any = self.net.first.weight.grad
-                getattr(gradient, "_local_tensor", gradient)[0, 0] = float("nan")
+            if t == broken_at and self.last:
+                gradient: Any = next(p.grad for p in self.net.parameters() if p.grad is not None and p.grad.numel())
+                getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("nan")
             self.mechanic.step()
 
     def parameters(self) -> dict[str, Tensor]:
-        return {name: whole(p.detach()).clone() for name, p in self.net.named_parameters()}
+        whole_ones = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        return {name: p.detach().clone() for name, p in whole_ones.items()}
 
     def state(self) -> dict[str, Any]:
-        """Everything that a checkpoint must keep, whole. (Flattened, torch leaves out what is frozen.)"""
-        state, (group, *_) = self.mechanic.state, self.mechanic.param_groups
+        """Everything that a checkpoint must keep, whole. (What is frozen, torch leaves out.)"""
+        self.mechanic.zero_grad()
+        options = StateDictOptions(full_state_dict=True)
+        state = get_optimizer_state_dict(self.model, self.mechanic, options=options)["state"]
+        group = self.mechanic.param_groups[0]
         return {
             "tuner": group["mechanic_state"].clone(),
             "step": group["mechanic_step"].clone(),
             "epoch": self.schedule.last_epoch,
             "lr": group["lr"],
             **{
-                f"{name}.{key}": whole(value).clone()
-                for name, p in self.net.named_parameters()
-                if p.requires_grad
-                for key, value in state.get(p, {}).items()
+                f"{name}.{key}": value.clone()
+                for name, values in state.items()
+                for key, value in values.items()
+                if not name.startswith("unused")
             },
         }
 
+    def here(self) -> list[Tensor]:
+        """What lies on this rank: parameters, state and tuner."""
+        tensors = [p.detach() for p in self.net.parameters()]
+        tensors += [value for p in self.model.parameters() for value in self.mechanic.state.get(p, {}).values()]
+        tensors.append(self.mechanic.param_groups[0]["mechanic_state"])
+        return [local(t).clone() for t in tensors]
 
-def whole(t: Any) -> Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+def local(t: Any) -> Tensor:
+    return t.to_local() if hasattr(t, "to_local") else t
 
 
 class Collectives(TorchDispatchMode):
@@ -128,96 +162,234 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(out: Path, kind: str, store_delta: str, broken_at: str) -> None:
+def run(kind: str, store_delta: str, broken_at: str) -> dict[str, Any]:
     """A whole run; on the way, the collectives of one step."""
-    one = Run(kind, frozen=False, store_delta=store_delta == "True")
+    # Unused parameters have no gradient. (FSDP1 gives them one of zeros: there they are frozen.)
+    one = Run(kind, frozen=kind == "fsdp1", store_delta=store_delta == "True")
     one.train(range(STEPS - 1), broken_at=int(broken_at))
     x = torch.ones(8, 5)
     one.mechanic.zero_grad()
     one.model(x).float().square().mean().backward()
     with Collectives() as collectives:
         one.mechanic.step()
-    parameters, state = one.parameters(), one.state()
-    write(out, {"parameters": parameters, "state": state, "collectives": collectives.names})
+    tuner = one.mechanic.param_groups[0]["mechanic_state"]
+    return {"parameters": one.parameters(), "tuner": tuner, "collectives": collectives.names}
 
 
-def rehearsal(out: Path, kind: str, base: str, dtype: str) -> None:
+def pipeline(broken_at: str, checkpoint: str) -> dict[str, Any]:
+    """Two stages, one on each rank; half-way each is saved under a name of its own, and resumed by a new one."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    collectives: list[str] = []
+    for lives in (range(SAVED_AT), range(SAVED_AT, STEPS)):
+        torch.manual_seed(0)
+        parts = [nn.Sequential(nn.Linear(5, 7), nn.Tanh()), nn.Linear(7, 1)]
+        stages = parts[rank : rank + 1] if world == 2 else parts
+        parameters = [p for part in stages for p in part.parameters()]
+        group = dist.group.WORLD if world == 2 else None
+        mechanic = Mechanic(torch.optim.AdamW(parameters, lr=1e-3), process_group=group)
+        mine: Any = {f"model {rank}": nn.ParameterList(parameters), f"mechanic {rank}": mechanic}
+        if lives.start > 0:
+            dcp.load(mine, checkpoint_id=checkpoint)
+        schedule = ScheduleGPipe(PipelineStage(stages[0], rank, world, torch.device("cpu")), 2, F.mse_loss)
+        for t in lives:
+            x = torch.randn(8, 5, generator=torch.Generator().manual_seed(t))
+            y = x.sum(1, keepdim=True)
+            mechanic.zero_grad()
+            if world == 1:
+                F.mse_loss(parts[1](parts[0](x)), y).backward()
+            elif rank == 0:
+                schedule.step(x)
+            else:
+                schedule.step(target=y)
+            if t == int(broken_at) and rank == world - 1:
+                parameters[-1].grad[0] = float("nan")  # type: ignore[index]
+            with Collectives() as counted:
+                mechanic.step()
+            collectives = counted.names
+        mechanic.zero_grad()
+        if lives.start == 0:
+            dcp.save(mine, checkpoint_id=checkpoint)
+    tuner = mechanic.param_groups[0]["mechanic_state"]
+    return {"parameters": [p.detach() for p in parameters], "tuner": tuner, "collectives": collectives}
+
+
+def rehearsal(kind: str, base: str, dtype: str) -> dict[str, Any]:
     """A checkpoint is taken before the first step, of two kinds; then a run as if nothing had been."""
-    one = Run(kind, base, seed=1, dtype=getattr(torch, dtype))
+    one = Run(kind, base, seed=1, dtype=dtype)
     get_optimizer_state_dict(one.model, one.mechanic)
     assert one.schedule.last_epoch == 0
     assert one.mechanic.param_groups[0]["mechanic_step"] == 0
     # Weights that come after it are where the run starts, on the same object and in one that loads the checkpoint.
-    other = Run(kind, base, seed=2, dtype=getattr(torch, dtype))
+    other = Run(kind, base, seed=2, dtype=dtype)
     set_optimizer_state_dict(
         other.model, other.mechanic, copy.deepcopy(get_optimizer_state_dict(one.model, one.mechanic))
     )
-    fresh = Run(kind, base, dtype=getattr(torch, dtype))
+    fresh = Run(kind, base, dtype=dtype)
     weights = copy.deepcopy(get_model_state_dict(fresh.model))
     results = []
     for each in (one, other, fresh):
         set_model_state_dict(each.model, weights)
         each.train(range(STEPS))
         results.append(each.parameters())
-    write(out, {"rehearsed": results[0], "loaded": results[1], "parameters": results[2]})
+    return {"rehearsed": results[0], "loaded": results[1], "parameters": results[2]}
 
 
-def save(out: Path, kind: str, base: str, flat: str, checkpoint: str) -> None:
-    one = Run(kind, base)
-    one.train(range(SAVED_AT))
-    options = StateDictOptions(flatten_optimizer_state_dict=flat == "True")
+def write(one: Run, route: str, checkpoint: str) -> None:
+    """The checkpoint of a run, by one of the routes of docs/checkpoints.md."""
+    one.mechanic.zero_grad()
+    if route == "stateful":
+        dcp.save({"model": get_model_state_dict(one.model), "mechanic": one.mechanic}, checkpoint_id=checkpoint)
+        return
+    options = StateDictOptions(flatten_optimizer_state_dict=route == "flat")
     model, optimizer = get_state_dict(one.model, one.mechanic, options=options)
-    future = dcp.async_save({"model": model, "optimizer": optimizer}, checkpoint_id=checkpoint)
-    future.result()
-    saved = one.state()
-    one.train(range(SAVED_AT, STEPS))
-    write(out, {"saved": saved, "parameters": one.parameters(), "state": one.state()})
+    dcp.async_save({"model": model, "optimizer": optimizer}, checkpoint_id=checkpoint).result()
 
 
-def load(out: Path, kind: str, base: str, flat: str, checkpoint: str) -> None:
-    one = Run(kind, base, seed=1)
-    options = StateDictOptions(flatten_optimizer_state_dict=flat == "True")
+def read(one: Run, route: str, checkpoint: str) -> None:
+    if route == "stateful":
+        model = get_model_state_dict(one.model)
+        dcp.load({"model": model, "mechanic": one.mechanic}, checkpoint_id=checkpoint)
+        set_model_state_dict(one.model, model)
+        return
+    options = StateDictOptions(flatten_optimizer_state_dict=route == "flat")
     model, optimizer = get_state_dict(one.model, one.mechanic, options=options)
     state = {"model": model, "optimizer": optimizer}
     dcp.load(state, checkpoint_id=checkpoint)
-    set_state_dict(
-        one.model, one.mechanic, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-    )
-    saved = one.state()
-    one.train(range(SAVED_AT, STEPS))
-    write(out, {"saved": saved, "parameters": one.parameters(), "state": one.state()})
+    model, optimizer = state["model"], state["optimizer"]
+    set_state_dict(one.model, one.mechanic, model_state_dict=model, optim_state_dict=optimizer, options=options)
 
 
-def whole_states(out: Path, kind: str, dtype: str) -> None:
-    """full_state_dict + cpu_offload, loaded with broadcast_from_rank0; bfloat16 keeps its float32 state."""
-    one = Run(kind, "adamw", dtype=getattr(torch, dtype))
+def save(kind: str, base: str, dtype: str, route: str, checkpoint: str) -> dict[str, Any]:
+    one = Run(kind, base, dtype=dtype)
     one.train(range(SAVED_AT))
-    gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model, optimizer = (copy.deepcopy(state) for state in get_state_dict(one.model, one.mechanic, options=gather))
+    write(one, route, checkpoint)
+    saved = one.state()
+    one.train(range(SAVED_AT, STEPS))
+    return {"saved": saved, "parameters": one.parameters(), "state": one.state()}
+
+
+def load(kind: str, base: str, dtype: str, route: str, checkpoint: str) -> dict[str, Any]:
+    one = Run(kind, base, seed=1, dtype=dtype)
+    read(one, route, checkpoint)
+    saved = one.state()
+    one.train(range(SAVED_AT, STEPS))
+    return {"saved": saved, "parameters": one.parameters(), "state": one.state()}
+
+
+def whole_states(source: str, target: str, dtype: str) -> dict[str, Any]:
+    """full_state_dict (+ cpu_offload, where torch can), loaded with broadcast_from_rank0."""
+    one = Run(source, "adamw", dtype=dtype)
+    one.train(range(SAVED_AT))
+    one.mechanic.zero_grad()
+    # With FSDP1, torch 2.13 crashes in its own state_dict on the CPU; and it wants the state on every rank.
+    offload = not (source + target).count("fsdp1")
+    gather = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+    model = copy.deepcopy(get_model_state_dict(one.model, options=StateDictOptions(full_state_dict=True)))
+    optimizer = copy.deepcopy(get_optimizer_state_dict(one.model, one.mechanic, options=gather))
     saved = one.state()
     one.train(range(SAVED_AT, STEPS))
 
-    other = Run(kind, "adamw", seed=1, dtype=getattr(torch, dtype))
-    if dist.get_rank() > 0:
+    other = Run(target, "adamw", seed=1, dtype=dtype)
+    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=offload)
+    if spread.broadcast_from_rank0 and dist.get_rank() > 0:
         model, optimizer = {}, {}
-    spread = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(other.model, model, options=spread)
     set_optimizer_state_dict(other.model, other.mechanic, optimizer, options=spread)
     loaded = other.state()
     other.train(range(SAVED_AT, STEPS))
-    write(out, {"saved": saved, "loaded": loaded, "parameters": one.parameters(), "resumed": other.parameters()})
+    return {"saved": saved, "loaded": loaded, "parameters": one.parameters(), "resumed": other.parameters()}
 
 
-def write(out: Path, result: dict[str, Any]) -> None:
-    torch.save(result, out / f"rank{dist.get_rank()}.pt")
+def refused(checkpoint: str) -> dict[str, Any]:
+    """Checkpoints that do not fit: for each, the error on this rank, and whether the live run goes on untouched."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    good = Run("fsdp")
+    good.train(range(SAVED_AT))
+    for route in ("nested", "stateful"):
+        write(good, route, f"{checkpoint}-{route}")
+    other = Run("fsdp", "sgd")
+    other.train(range(SAVED_AT))
+    write(other, "nested", f"{checkpoint}-sgd")
+    dist.barrier()
+    if rank == 0:
+        for route in ("nested", "stateful"):
+            shutil.copytree(f"{checkpoint}-{route}", f"{checkpoint}-{route}-cut")
+            file = Path(f"{checkpoint}-{route}-cut", "__1_0.distcp")
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+        shutil.copytree(f"{checkpoint}-nested", f"{checkpoint}-torn")
+        Path(f"{checkpoint}-torn", ".metadata").write_bytes(b"torn")
+    dist.barrier()
+    whole_state = get_optimizer_state_dict(good.model, good.mechanic, options=StateDictOptions(full_state_dict=True))
+    whole_state = copy.deepcopy(whole_state)
+
+    def poisoned(one: Run) -> None:
+        state = copy.deepcopy(good.mechanic.state_dict())
+        if rank == world - 1:
+            local(state["state"][0]["mechanic_delta"]).fill_(float("nan"))
+        one.mechanic.load_state_dict(state)
+
+    def alone(one: Run) -> None:
+        state = copy.deepcopy(good.mechanic.state_dict())
+        for values in state["state"].values():
+            values.update({key: local(value) for key, value in values.items()})
+        one.mechanic.load_state_dict(state)
+
+    # What is attempted, and the options of the Run that it is attempted on.
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "other base": (lambda one: read(one, "nested", f"{checkpoint}-nested"), {"base": "adam"}),
+        "missing keys": (lambda one: read(one, "nested", f"{checkpoint}-sgd"), {}),
+        "groups": (lambda one: read(one, "stateful", f"{checkpoint}-stateful"), {"groups": 2}),
+        "cut": (lambda one: read(one, "nested", f"{checkpoint}-nested-cut"), {}),
+        "cut, stateful": (lambda one: read(one, "stateful", f"{checkpoint}-stateful-cut"), {}),
+        "torn": (lambda one: read(one, "nested", f"{checkpoint}-torn"), {}),
+        "no folder": (lambda one: read(one, "stateful", f"{checkpoint}-nowhere"), {}),
+        "plain into sharded": (lambda one: set_optimizer_state_dict(one.model, one.mechanic, whole_state), {}),
+        "poisoned on one rank": (poisoned, {}),
+        "another topology": (alone, {}),
+    }
+    results = {}
+    untouched: dict[str, list[Tensor]] = {}
+    for name, (attempt, options) in cases.items():
+        if str(options) not in untouched:
+            twin = Run("fsdp", seed=1, **options)
+            twin.train(range(STEPS))
+            untouched[str(options)] = twin.here()
+        # A run that has not begun is as good as new. One that is under way keeps every bit, unless dcp.load, which
+        # writes in place, has read well until the file turned out to be cut, or the base to be another one.
+        for steps in (0,) if name.startswith(("cut", "other base")) else (0, SAVED_AT):
+            one = Run("fsdp", seed=1, **options)
+            one.train(range(steps))
+            one.mechanic.zero_grad()
+            message, before, weights = "", one.here(), copy.deepcopy(get_model_state_dict(one.model))
+            try:
+                attempt(one)
+            except BaseException as error:  # torch's CheckpointException is one
+                message = f"{type(error).__name__}: {error}"
+            intact = steps == 0 or equal(before, one.here())
+            set_model_state_dict(one.model, weights)  # into the model dcp.load writes in place as well
+            one.train(range(steps, STEPS))
+            results[f"{name} at {steps}"] = {
+                "message": message,
+                "intact": intact and equal(one.here(), untouched[str(options)]),
+            }
+    return results
 
 
-def main(scenario: str, rank: str, world: str, folder: str, *arguments: str) -> None:
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def main(rank: str, world: str, folder: str) -> None:
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("error", "(?s).*(Mechanic|tuner|somebody else)")  # nothing that manic could complain of
     torch.set_num_threads(1)
     rendezvous = f"file://{Path(folder).absolute() / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=int(rank), world_size=int(world))
-    globals()[scenario](Path(folder), *arguments)
+    for number, scenario, *arguments in json.loads(Path(folder, "jobs.json").read_text()):
+        result = globals()[scenario](*arguments)
+        torch.save(result, Path(folder, f"{number}-{rank}.pt"))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
-from pathlib import Path
-from typing import Any
 
+import chargpt
 import pytest
 import torch
 
 from manic import Mechanic
 
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 STEPS = 150
-
-
-@cache
-def task() -> Any:
-    spec = importlib.util.spec_from_file_location("chargpt", EXAMPLES / "chargpt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["chargpt"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @cache
 def final_loss(dtype: torch.dtype = torch.float32, store_delta: bool = True) -> float:
     """Validation loss of the demo's GPT after STEPS at base lr 1e-3."""
     torch.manual_seed(0)
-    model = task().CharGPT().to(dtype)
+    model = chargpt.CharGPT().to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    mechanic = Mechanic(optimizer, task().warmup_cosine(optimizer, STEPS, STEPS // 10), store_delta=store_delta)
+    mechanic = Mechanic(optimizer, chargpt.warmup_cosine(optimizer, STEPS, STEPS // 10), store_delta=store_delta)
     for step in range(STEPS):
         mechanic.zero_grad()
-        task().loss_of(model, task().batch(task().corpus()[0], step)).backward()
+        chargpt.loss_of(model, chargpt.batch(chargpt.corpus()[0], step)).backward()
         mechanic.step()
-    return float(task().validation_loss(model))
+    return float(chargpt.validation_loss(model))
 
 
 def test_the_task_is_learned() -> None:

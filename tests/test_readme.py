@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,30 @@ import manic
 ROOT = Path(__file__).parent.parent
 
 
-def snippets(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-PAGES = [str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]]
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torchrun says to a process that is alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is what the snippet is about
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
-def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# frameworks.md runs where the frameworks are: test_frameworks.py.
+PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if path.name != "frameworks.md"]
+
+
+@pytest.mark.usefixtures("torchrun")
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
@@ -35,8 +51,13 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "loss_of": lambda batch: (model(batch) - batch.sum(1, keepdim=True)).square().mean(),
         "path": str(tmp_path / "checkpoint.pt"),
     }
+    steps = []
     for snippet in snippets(page):
-        exec(compile(snippet, page, "exec"), namespace)
+        exec(compile(snippet, str(page), "exec"), namespace)
+        if "mechanic" in namespace:
+            steps.append(int(namespace["mechanic"].param_groups[0]["mechanic_step"]))
+    if page.name == "checkpoints.md":  # a Mechanic that is built anew and not loaded would start to count at 0
+        assert steps == [20, 40, 20, 20, 40, 60, 80, 100, 0, 40]
     mechanics = [value for value in namespace.values() if isinstance(value, manic.Mechanic)]
     assert any(mechanic.scale > 0 for mechanic in mechanics), "no snippet trained"
 
