@@ -33,13 +33,18 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def page(path: Path) -> Any:
+    """The checkpoints' page runs in the session `distributed`: torch broadcasts with NumPy, which manic does not need."""
+    return pytest.param(path, id=path.name, marks=pytest.mark.distributed if path.name == "checkpoints.md" else ())
+
+
 # frameworks.md runs where the frameworks are: test_frameworks.py.
 PAGES = [path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if path.name != "frameworks.md"]
 
 
 @pytest.mark.usefixtures("torchrun")
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
-def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", [page(path) for path in PAGES if snippets(path)])
+def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
@@ -52,11 +57,11 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "path": str(tmp_path / "checkpoint.pt"),
     }
     steps = []
-    for snippet in snippets(page):
-        exec(compile(snippet, str(page), "exec"), namespace)
+    for snippet in snippets(path):
+        exec(compile(snippet, str(path), "exec"), namespace)
         if "mechanic" in namespace:
             steps.append(int(namespace["mechanic"].param_groups[0]["mechanic_step"]))
-    if page.name == "checkpoints.md":  # a Mechanic that is built anew and not loaded would start to count at 0
+    if path.name == "checkpoints.md":  # a Mechanic that is built anew and not loaded would start to count at 0
         assert steps == [20, 40, 20, 20, 40, 60, 80, 100, 0, 40]
     mechanics = [value for value in namespace.values() if isinstance(value, manic.Mechanic)]
     assert any(mechanic.scale > 0 for mechanic in mechanics), "no snippet trained"

@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 from manic import Mechanic
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)"),
     pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
 ]

@@ -111,7 +111,8 @@ def kill_one(out: Path, steps: int, spare: Path) -> tuple[int, int]:
     before = workers(out)
     os.kill(before[VICTIM], signal.SIGKILL)
     seen = int(history(out)[-1]["step"])
-    (checkpoint,) = out.glob("step-*")  # not in a hurry: the next life imports torch for longer than this takes
+    # No need to hurry: the next life imports torch for longer than this takes.
+    checkpoint = max(out.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     shutil.copytree(checkpoint, spare / checkpoint.name)
     follow(process, out, f"{name}: goes on", steps)
     return seen, len(set(workers(out)) - set(before))
@@ -193,7 +194,7 @@ def main() -> None:
     print(f"{'check':38} | {'figure':>8} | holds")
     for name, figure, holds in checks:
         print(f"{name:38} | {figure:>8} | {'yes' if holds else 'NO'}")
-    print("\nThe same: every bit of loss, scale and effective lr, and of each parameter. Not so on 1 process, where")
+    print('\n"The same" is every bit of loss, scale, effective lr and parameters. Not so on 1 process, where')
     print(f"sums are made in another order: its final parameters are {moved:.1e} apart, relative to their norm.")
     picture(whole, parts, alone, args.out / "elastic.png")
     print(f"picture: {args.out / 'elastic.png'}")
