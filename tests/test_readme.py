@@ -34,7 +34,7 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def page(path: Path) -> Any:
-    """The checkpoints' page runs in the session `distributed`: torch broadcasts with NumPy, which manic does not need."""
+    """The one on checkpoints runs in the session `distributed`: torch broadcasts with NumPy; manic needs none."""
     return pytest.param(path, id=path.name, marks=pytest.mark.distributed if path.name == "checkpoints.md" else ())
 
 
