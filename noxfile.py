@@ -98,6 +98,17 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """What a step costs, beside the plain one and the peers; what a checkpoint costs. Takes a quiet machine."""
+    install(session, ".", "numpy", "mechanic-pytorch", "prodigyopt", "schedulefree")
+    out = ROOT / "out" / "bench"
+    out.mkdir(parents=True, exist_ok=True)
+    scripts = ROOT / "docs" / "benchmarks"
+    session.run("python", str(scripts / "step_time.py"), "--json", str(out / "step_time.json"), *session.posargs)
+    session.run("python", str(scripts / "checkpoint_bytes.py"))
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Sdist and wheel; the wheel, in a clean environment, trains."""
     install(session, "build", "hatchling")

@@ -231,17 +231,17 @@ def test_sums_over_many_elements_keep_their_digits(dtype: torch.dtype) -> None:
     values = one.param.detach().float()
     exact = values.double().square().sum().item()
     naive = abs(torch.dot(values, values).item() / exact - 1)
-    sums = sweeps.measure([one], torch.zeros(1, dtype=torch.float64))[0]
+    sums = sweeps.measure([[one]], torch.zeros(1, dtype=torch.float64))[0]
     assert abs(sums[3].item() / exact - 1) < min(1e-5, naive / 10)
     assert one.grad is not None
     assert sums[2].item() == pytest.approx(one.grad.double().square().sum().item(), rel=1e-5)
 
 
-def test_blocks_are_added_up_in_float64() -> None:
-    """A block of 1e8 and 40 of 1: in float32 the ones would be lost."""
-    p = torch.cat([torch.full((1,), 1e4), torch.zeros(sweeps.BLOCK - 1), *[torch.eye(1, sweeps.BLOCK)[0]] * 40])
+def test_pieces_are_added_up_in_float64() -> None:
+    """A piece of 1e8 and 40 of 1: in float32 the ones would be lost."""
+    p = torch.cat([torch.full((1,), 1e4), torch.zeros(sweeps.PIECE - 1), *[torch.eye(1, sweeps.PIECE)[0]] * 40])
     one = slot(1, param=nn.Parameter(p), grad=p, ref=p.clone(), delta=torch.zeros_like(p))
-    assert sweeps.measure([one], torch.zeros(1, dtype=torch.float64))[0][3].item() == 1e8 + 40
+    assert sweeps.measure([[one]], torch.zeros(1, dtype=torch.float64))[0][3].item() == 1e8 + 40
 
 
 def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None
     wide = torch.randn(400, 3000).t()  # a transposed view: neither flat nor cut along dimension 0
     for p in (torch.randn(300_001), torch.randn(8, 3, 200, 200).to(memory_format=torch.channels_last), wide):
         one = slot(1, param=nn.Parameter(p), grad=torch.ones_like(p), ref=p.clone(), delta=torch.zeros_like(p))
-        sums = sweeps.measure([one], torch.zeros(1, dtype=torch.float64))[0]
+        sums = sweeps.measure([[one]], torch.zeros(1, dtype=torch.float64))[0]
         assert sums[2].item() == p.numel()
     assert max(sizes) <= 128 * 1024
 
@@ -272,12 +272,13 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
-def test_step_reads_one_flag_in_host_memory(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
+def test_step_reads_two_flags_in_host_memory(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
     parameters, mechanic = trained(torch.optim.SGD, 5, **options)
     problem.loss(parameters, 5).backward()
     with Watch() as watch:
         mechanic.step()
-    assert watch.reads == ["aten.nonzero.default"], "only whether the step counts, and only on the CPU"
+    reads = ["aten.equal.default"] * ("store_delta" not in options) + ["aten.nonzero.default"]
+    assert sorted(set(watch.reads)) == reads, "only whether somebody edited x, and whether the step counts; on the CPU"
     with Watch() as watch:
         mechanic.scale.sum().item()
     assert len(watch.reads) == 1, "the watch sees a read when there is one"
@@ -323,3 +324,33 @@ def test_float32_would_not_hold_the_betas() -> None:
     assert abs((1 - torch.tensor(0.999999, dtype=torch.float32).double().item()) / 1e-6 - 1) > 0.01
     p = nn.Parameter(torch.ones(3))
     assert Mechanic(torch.optim.SGD([p], lr=0.1))._betas[-1].item() == 0.999999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[200_001], [64, 1, 7, 300], [9_000, 30, 200_000]], ids=str)
+def test_the_smallest_edit_of_one_element_is_seen_and_without_edits_nobody_looks(
+    sizes: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last digit of one element is lost in <Δ,x> and in ‖x‖², but not in the checksum of the bits."""
+    looks = []
+    anchor = sweeps._anchor
+    monkeypatch.setattr(sweeps, "_anchor", lambda *given: looks.append(given) or anchor(*given))
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+    mechanic = Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
+
+    def step() -> int:
+        looks.clear()
+        for p in parameters:
+            p.grad = p.detach().clone()
+        mechanic.step()
+        return len(looks)
+
+    assert [step() for _ in range(6)] == [1, 0, 0, 0, 0, 0]
+    p = parameters[0]
+    with torch.no_grad():
+        p[-1] = torch.nextafter(p[-1], torch.tensor(9.0, dtype=dtype))
+    assert [step(), step()] == [1, 0]
+    words = 8 // p.element_size()  # an exchange of whole words leaves the sum of the bits as it is
+    p.data[: 2 * words] = p.data[: 2 * words].roll(words)
+    assert [step(), step()] == [1, 0]

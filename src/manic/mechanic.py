@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from manic import checkpoint
 from manic.reduction import over_group, over_mesh
 from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, local, shards, slots, wide
-from manic.sweeps import GRAD_SQ, NUMEL, hold, measure, move
+from manic.sweeps import GRAD_SQ, NUMEL, Carried, grouped, hold, measure, move
 from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class Mechanic(Optimizer):
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
         self._stepping = False
         self._told: set[str] = set()  # the warnings that were given
+        self._carried: dict[Layout, Carried] = {}  # what our own last step left of x: a hint, never saved
         self._epoch: int | None = None  # where our own last step left the scheduler
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not any(base_optimizer.state.values())
@@ -185,13 +187,13 @@ class Mechanic(Optimizer):
         self._create_state(active)
         return True
 
-    def _create_state(self, active: list[Slot]) -> None:
+    def _create_state(self, active: list[list[Slot]]) -> None:
         """What a first step with lr and gradients of 0 creates, and nothing else of it."""
         before = [dict(group) for group in self.param_groups]
         self._step_base(None)
         for group, values in zip(self.param_groups, before, strict=True):
             group.update(values)  # some bases count their steps here
-        for slot in active:
+        for slot in chain.from_iterable(active):
             slot.param.copy_(slot.ref)
         self._store(active)
 
@@ -227,8 +229,9 @@ class Mechanic(Optimizer):
             elif p.grad is not None:
                 self.state[p].pop(REF), self.state[p].pop(DELTA, None)
 
-    def _slots(self) -> tuple[list[Slot], list[Slot]]:
-        """The parameters that have a gradient, and those with a recomputed Δ that sit this step out."""
+    def _slots(self) -> tuple[list[list[Slot]], list[Slot]]:
+        """The parameters that have a gradient, grouped for the sweeps, and those with a recomputed Δ that sit this
+        step out."""
         self._adopt()
         options = self._options
         all_slots = list(
@@ -236,29 +239,30 @@ class Mechanic(Optimizer):
         )
         active = [slot for slot in all_slots if slot.grad is not None]
         idle = [slot for slot in all_slots if slot.grad is None and slot.delta is None]
-        return active, idle
+        return grouped(active), idle
 
     def _layouts(self) -> list[Layout]:
         """How the parameters are spread over processes, alike on every rank: sharded ones first."""
         found = dict.fromkeys(layout_of(p) for group in self.param_groups for p in group["params"])
         return sorted(found, key=shards, reverse=True) or [None]
 
-    def _measure(self, active: list[Slot], before: Tensor) -> Tensor:
+    def _measure(self, active: list[list[Slot]], before: Tensor) -> Tensor:
         """The global sums at x_t: [k, 8], columns as in :class:`manic.tuner.Sums`."""
         total = torch.zeros(len(before), len(Sums._fields), dtype=before.dtype, device=before.device)
         for i, layout in enumerate(self._layouts()):
-            part = measure([slot for slot in active if slot.layout == layout], before)
+            part = measure([group for group in active if group[0].layout == layout], before, self._carried.get(layout))
             if i == 0:
                 part[:, -1] = self._read("update_sq")
             total += over_mesh(part, layout)
         return over_group(total, self.process_group)
 
-    def _move(self, active: list[Slot], before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
+    def _move(self, active: list[list[Slot]], before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
         """The second pass; returns ‖u_t‖² over this process's share of the parameters, [k]."""
         layouts = self._layouts()
         update_sq = torch.zeros_like(after)
         for layout in layouts:
-            part = move([slot for slot in active if slot.layout == layout], before, after, ok)
+            mine = [group for group in active if group[0].layout == layout]
+            part, self._carried[layout] = move(mine, before, after, None if _on_host(ok) else ok)
             # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
             update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
         return update_sq.nan_to_num_(0.0, 0.0, 0.0)
@@ -290,10 +294,10 @@ class Mechanic(Optimizer):
             flat.copy_(tuner.pack())
         self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
 
-    def _propose(self, active: list[Slot], closure: Callable[[], Any] | None, before: Tensor, ok: Tensor) -> None:
+    def _propose(self, active: list[list[Slot]], closure: Callable[[], Any] | None, before: Tensor, ok: Tensor) -> None:
         """The base optimizer's own step: the parameters hold x_t + u_t. If it raises, they hold x_t again."""
         if not _on_host(ok):
-            for slot in active:
+            for slot in chain.from_iterable(active):
                 assert slot.grad is not None
                 values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
                 values.masked_fill_(~ok.to(values.device), 0)
@@ -354,9 +358,9 @@ class Mechanic(Optimizer):
             self._told.add(message)
             checkpoint.warn(message)
 
-    def _store(self, active: list[Slot]) -> None:
+    def _store(self, active: list[list[Slot]]) -> None:
         """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them."""
-        for slot in active:
+        for slot in chain.from_iterable(active):
             if slot.entering:
                 self._put(slot.param, slot.ref, slot.delta)
 

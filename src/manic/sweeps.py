@@ -1,127 +1,245 @@
 """The two passes over memory: measure (the sums that h needs) and move (Δ += u, x = x_ref + S·Δ).
 
-Both go through the elements in cache-sized blocks. A block is worked on in the dtype of x_ref (float32,
-or float64 for float64 parameters), and block sums are added up in the dtype of the tuner (float64).
+Both go through the elements in cache-sized pieces: stretches of a large tensor, or small tensors end to end, so that
+there is more to do about a piece than to say. A piece is worked on in the dtype of x_ref (float32, or float64 for
+float64 parameters), and the sums of the pieces are added up in the dtype of the tuner (float64).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
 
 from manic.storage import Slot, local
 from manic.tuner import Sums
 
-# The first five columns of the sums are what one block yields; the others come from elsewhere.
-GRAD_SQ, X_SQ, ENTERED_SQ, NUMEL = map(Sums._fields.index, ("grad_sq", "x_sq", "entered_sq", "numel"))
+end_to_end: Any = torch._utils._flatten_dense_tensors
+apart: Any = torch._utils._unflatten_dense_tensors
 
-BLOCK = 128 * 1024  # elements: some float32 blocks fit in a core's L2 cache, and a float32 sum keeps its digits
+# The first five columns of the sums are what one piece yields; the others come from elsewhere.
+DELTA_X, GRAD_SQ, X_SQ = map(Sums._fields.index, ("delta_x", "grad_sq", "x_sq"))
+ENTERED_SQ, NUMEL = map(Sums._fields.index, ("entered_sq", "numel"))
+
+PIECE = 64 * 1024  # elements: some float32 pieces fit in a core's L2 cache, and a float32 sum keeps its digits
+SMALL = PIECE // 8  # elements up to which tensors are laid end to end, in copies
+
+Key = tuple[int, torch.device, torch.dtype]  # which learned scale; where, and in which dtype, the sums are
+
+# What the last move left of x, to tell an edit by: the parameters, by identity and in order; of each piece <Δ,x>, which
+# sees an exchange of elements, and the sum of the bits, which sees a change in any one. 0-d each; on the CPU only.
+Carried = tuple[list[int], dict[Key, list[Tensor]]]
 
 
-def measure(slots: Sequence[Slot], scales: Tensor) -> Tensor:
-    """One pass over x, g, Δ and x_ref: the sums of every learned scale.
+class Run(NamedTuple):
+    """One tensor in pieces, or several small ones as one piece."""
+
+    slots: list[Slot]  # whose elements these are
+    pieces: list[tuple[Any, ...]]  # x, g, x_ref, Δ and x_t (Slot.x), complex ones as real pairs; None: not wanted
+
+    @property
+    def key(self) -> Key:
+        ref = self.slots[0].ref
+        return self.slots[0].index, ref.device, ref.dtype.to_real()
+
+    def scale(self, scales: Tensor) -> Tensor:
+        """The learned scale of these elements, 0-d, as they want it."""
+        _, device, dtype = self.key
+        return scales[self.slots[0].index].to(device=device, dtype=dtype)
+
+    def put(self, name: str, values: Tensor, place: Tensor) -> None:
+        """Write what was worked out for "param", "ref" or "delta" to `place`, or where `place` was copied from."""
+        if len(self.slots) > 1:
+            targets = _column(self.slots, name)
+            torch._foreach_copy_(targets, apart(values, targets))
+        elif values is not place:
+            place.copy_(values)
+
+
+@disable_dynamo
+def measure(groups: Sequence[list[Slot]], scales: Tensor, carried: Carried | None = None) -> Tensor:
+    """One pass over x, g and Δ: the sums of every learned scale.
 
     An element that does not stand at x_ref + S·Δ was moved by somebody else (an edit, or it sat out while S
-    changed): its x_ref is shifted so that x stays. Where Δ is recomputed an edit cannot be told from an
-    update; there x_t is noted for :func:`move`.
+    changed): its x_ref is shifted so that x stays. On the CPU every element is looked at only if x is not, by two
+    checksums, what the last :func:`move` left. Where Δ is recomputed an edit cannot be told from an update; there x_t
+    is noted for :func:`move`.
 
     Args:
-        slots: the parameters with a gradient.
+        groups: the parameters with a gradient, as :func:`grouped` puts them together.
         scales: [k], S of each learned scale as of the last :func:`move`.
+        carried: what the last :func:`move` returned, if it is known.
 
     Returns:
         [k, 8], columns as in :class:`manic.tuner.Sums`, dtype and device of `scales`. The last one, ‖u_{t-1}‖², is
         for the caller to fill in: :func:`move` knew it.
     """
-    parts: dict[tuple[int, bool, torch.device, torch.dtype], list[Tensor]] = {}
+    slots = [slot for group in groups for slot in group]
     for slot in slots:
-        key = (slot.index, slot.entering, slot.ref.device, slot.ref.dtype)
-        parts.setdefault(key, []).extend(_measure(slot, _like(scales[slot.index], slot.ref)))
+        if slot.delta is None:
+            slot.x = slot.param.clone()
+    rows: dict[Key, list[Tensor]] = {}
+    entered: dict[Key, list[Tensor]] = {}
+    seen: dict[Key, list[Tensor]] = {}
+    for run in _runs(groups, "grad", "delta"):
+        values = _measure(run, run.scale(scales), seen.setdefault(run.key, []))
+        rows.setdefault(run.key, []).extend(values)
+        if run.slots[0].entering:
+            entered.setdefault(run.key, []).extend(values[X_SQ::5])
+
+    found = {key: torch.stack(values).view(-1, 5) for key, values in rows.items() if values}
+    if not _as_left(slots, seen, carried):
+        _anchor(groups, scales)
 
     sums = scales.new_zeros(len(scales), len(Sums._fields))
-    for (index, entering, _, _), values in parts.items():
-        if values:
-            row = torch.stack(values).to(scales.dtype).view(-1, 5).sum(0).to(scales.device)
-            sums[index, :5] += row
-            if entering:
-                sums[index, ENTERED_SQ] += row[X_SQ]
+    for (index, *_), table in found.items():
+        sums[index, :5] += table.to(scales.dtype).sum(0).to(scales.device)
+    for (index, *_), x_sq in entered.items():
+        if x_sq:
+            sums[index, ENTERED_SQ] += torch.stack(x_sq).to(scales.dtype).sum().to(scales.device)
     for slot in slots:
-        sums[slot.index, NUMEL] += local(slot.param).numel()
+        if slot.grad is not None and slot.grad.is_sparse:
+            sums[slot.index, :5] += _measure_rows(slot, scales[slot.index]).to(sums)
+    for index in range(len(scales)):
+        sums[index, NUMEL] = sum(local(slot.param).numel() for slot in slots if slot.index == index)
     return sums
 
 
-def _measure(slot: Slot, scale: Tensor) -> Iterator[Tensor]:
-    """Block after block: <Δ,g>, <Δ,x>, ‖g‖², ‖x‖², ‖Δ‖², 0-d each."""
-    assert slot.grad is not None
-    if slot.delta is None:
-        slot.x = slot.param.clone()
-    dense = None if slot.grad.is_sparse else slot.grad
-    zero = scale.new_zeros(())
-    for p, g, ref, delta in _blocks(slot.param, dense, slot.ref, slot.delta):
-        x = p.to(ref.dtype)
-        if delta is None:
-            delta = _recomputed(x, ref, scale)
-        else:
-            shifted = x != _placed(ref, delta, scale, p.dtype)
-            ref.copy_(torch.where(shifted, x - delta * scale, ref))
-        if g is None:
-            yield from (zero, _dot(delta, x), zero, _dot(x, x), _dot(delta, delta))
-        else:
-            g = g.to(ref.dtype)
-            yield from (slot.sign * _dot(delta, g), _dot(delta, x), _dot(g, g), _dot(x, x), _dot(delta, delta))
-    if slot.grad.is_sparse:  # the rows that it stores add to <Δ,g> and ‖g‖²
-        grad = slot.grad.coalesce()
-        rows = tuple(grad.indices())
-        delta = slot.delta[rows] if slot.delta is not None else _recomputed(slot.param[rows], slot.ref[rows], scale)
-        for g, d in _blocks(grad.values(), delta):
-            g = g.to(d.dtype)
-            yield from (slot.sign * _dot(d, g), zero, _dot(g, g), zero, zero)
+def _measure(run: Run, scale: Tensor, seen: list[Tensor]) -> list[Tensor]:
+    """Piece after piece: <Δ,g>, <Δ,x>, ‖g‖², ‖x‖², ‖Δ‖², 0-d each; and what `carried` is to be compared with."""
+    values: list[Tensor] = []
+    zero, sign, dtype = scale.new_zeros(()), run.slots[0].sign, scale.dtype
+    for stored, g, ref, delta, _ in run.pieces:
+        x = stored.to(dtype)
+        d = _recomputed(x, ref, scale) if delta is None else delta
+        delta_grad = grad_sq = zero
+        if g is not None:
+            g = g.to(dtype)
+            delta_grad, grad_sq = _dot(d, g), _dot(g, g)
+        delta_x = _dot(d, x)
+        values += (delta_grad if sign > 0 else -delta_grad, delta_x, grad_sq, _dot(x, x), _dot(d, d))
+        if delta is not None:
+            seen += _checksums(delta_x, stored)
+    return values
 
 
-def move(slots: Sequence[Slot], before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
+def _measure_rows(slot: Slot, scale: Tensor) -> Tensor:
+    """What the rows that a sparse gradient stores add to <Δ,g> and ‖g‖²: [5]."""
+    grad = slot.grad.coalesce()  # type: ignore[union-attr]
+    rows = tuple(grad.indices())
+    scale = scale.to(device=slot.ref.device, dtype=slot.ref.dtype.to_real())
+    delta = slot.delta[rows] if slot.delta is not None else _recomputed(slot.param[rows], slot.ref[rows], scale)
+    sums = torch.zeros(5, dtype=torch.float64, device=delta.device)
+    for g, d in _pieces(grad.values(), delta):
+        g = g.to(d.dtype)
+        sums[0] += slot.sign * _dot(d, g)
+        sums[GRAD_SQ] += _dot(g, g)
+    return sums
+
+
+def _checksums(delta_x: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """<Δ,x>, and the sum of x's bits, int64; nothing where comparing would stall a device."""
+    if x.device.type != "cpu":
+        return ()
+    size = x.element_size()
+    even = x.dim() == 1 and x.is_contiguous() and x.numel() * size % 8 == x.storage_offset() * size % 8 == 0
+    words = torch.int64 if even else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return delta_x, x.view(words).sum()
+
+
+def _as_left(slots: Sequence[Slot], seen: dict[Key, list[Tensor]], carried: Carried | None) -> bool:
+    """Whether x is what the last :func:`move` left."""
+    if carried is None or carried[0] != [id(slot.param) for slot in slots] or carried[1].keys() != seen.keys():
+        return False
+    pairs = [(values[i::2], carried[1][key][i::2]) for key, values in seen.items() for i in (0, 1)]
+    return all(len(now) == len(then) > 0 and torch.equal(torch.stack(now), torch.stack(then)) for now, then in pairs)
+
+
+def _anchor(groups: Sequence[list[Slot]], scales: Tensor) -> None:
+    """Shift x_ref where x is not x_ref + S·Δ."""
+    for run in _runs([group for group in groups if group[0].delta is not None], "ref", "delta"):
+        scale = run.scale(scales)
+        for x, _, ref, delta, _ in run.pieces:
+            shifted = x != torch.addcmul(ref, delta, scale).to(x.dtype)
+            run.put("ref", torch.where(shifted, x.to(ref.dtype) - delta * scale, ref), ref)
+
+
+@disable_dynamo
+def move(groups: Sequence[list[Slot]], before: Tensor, after: Tensor, ok: Tensor | None) -> tuple[Tensor, Carried]:
     """One pass over x, Δ and x_ref after the base step: Δ_{t+1} = Δ_t + u_t, x_{t+1} = x_ref + S_{t+1}·Δ_{t+1}.
 
     What the base did is read off the parameters: u_t = x - x_t, and x_t is where the last :func:`move` put it.
 
     Args:
-        slots: the parameters with a gradient, as :func:`measure` left them.
+        groups: the parameters with a gradient, as :func:`measure` left them.
         before, after: [k], S_t and S_{t+1} of each learned scale.
-        ok: 0-d bool. False undoes the step: Δ and x become what they were.
+        ok: 0-d bool. False undoes the step: Δ and x become what they were. None: known to be true.
 
     Returns:
-        [k], ‖u_t‖² over the parameters whose Δ is recomputed.
+        [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next :func:`measure` is to find.
     """
     update_sq = torch.zeros_like(after)
-    for slot in slots:
-        here, there = _like(before[slot.index], slot.ref), _like(after[slot.index], slot.ref)
-        counts = ok.to(slot.ref.device)
-        for p, ref, delta, x in _blocks(slot.param, slot.ref, slot.delta, slot.x):
-            if delta is not None:
-                x = _placed(ref, delta, here, p.dtype)
-            # An element whose update is not finite (0/0 in the base, say) stays where it is.
-            update = torch.where(counts, (p.to(ref.dtype) - x).nan_to_num_(0.0, 0.0, 0.0), 0)
-            if delta is None:
-                delta = _recomputed(x, ref, here)
-                update_sq[slot.index] += _dot(update, update).to(update_sq)
-            delta += update
-            p.copy_(torch.where(counts, _placed(ref, delta, there, ref.dtype), x))
+    if ok is not None:
+        after = torch.where(ok, after, before)
+    left: dict[Key, list[Tensor]] = {}
+    for run in _runs(groups, "ref", "delta"):
+        here, there = run.scale(before), run.scale(after)
+        counts = None if ok is None else ok.to(here.device)
+        if run.slots[0].delta is None:
+            update_sq[run.slots[0].index] += _move_recomputed(run, here, there, counts).to(update_sq)
+        else:
+            _move(run, here, there, counts, left.setdefault(run.key, []))
+    return update_sq, ([id(slot.param) for group in groups for slot in group], left)
+
+
+def _move(run: Run, here: Tensor, there: Tensor, counts: Tensor | None, left: list[Tensor]) -> None:
+    """Piece after piece; to `left` is added what tells where x now is."""
+    scratch = None
+    for x, _, ref, delta, _ in run.pieces:
+        if scratch is None or scratch.shape != ref.shape:
+            scratch = torch.empty_like(ref)
+        torch.addcmul(ref, delta, here, out=scratch)  # x_t
+        if x.dtype == ref.dtype:
+            new = x
+            torch.sub(x, scratch, out=scratch)
+            delta.add_(_finite(scratch, counts))
+            torch.addcmul(ref, delta, there, out=new)
+        else:
+            delta.add_(_finite(x.to(ref.dtype) - scratch.to(x.dtype).to(ref.dtype), counts))
+            new = torch.addcmul(ref, delta, there).to(x.dtype)
+        run.put("param", new, x)
+        run.put("delta", delta, delta)
+        if new.device.type == "cpu":
+            left += _checksums(_dot(delta, new.to(ref.dtype)), new)
+
+
+def _move_recomputed(run: Run, here: Tensor, there: Tensor, counts: Tensor | None) -> Tensor:
+    """The same where Δ is not stored: ‖u_t‖²."""
+    update_sq = torch.zeros_like(here)
+    for x, _, ref, _, before in run.pieces:
+        update = _finite(x - before, counts)
+        new = torch.addcmul(ref, _recomputed(before, ref, here) + update, there)
+        x.copy_(new if counts is None else torch.where(counts, new, before))
+        update_sq += _dot(update, update)
     return update_sq
+
+
+def _finite(update: Tensor, counts: Tensor | None) -> Tensor:
+    """In place: an element whose update is not finite (0/0 in the base, say) stays; all do in a step that does not
+    count."""
+    update.nan_to_num_(0.0, 0.0, 0.0)
+    return update if counts is None else update.mul_(counts)
 
 
 def hold(slots: Sequence[Slot], before: Tensor, after: Tensor) -> None:
     """Keep x and the recomputed Δ of parameters that sit out while S changes: x_ref moves instead."""
-    for slot in slots:
-        ratio = _like(after[slot.index], slot.ref) / _like(before[slot.index], slot.ref)
-        for p, ref in _blocks(slot.param, slot.ref):
-            ref.copy_(torch.where(ratio.isfinite(), p - ratio * (p - ref), p))
-
-
-def _placed(ref: Tensor, delta: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x_ref + S·Δ as a parameter of `dtype` holds it, in the dtype of `ref`."""
-    return (ref + delta * scale).to(dtype).to(ref.dtype)
+    for run in _runs([[slot] for slot in slots], "ref"):
+        ratio = run.scale(after) / run.scale(before)
+        for x, _, ref, _, _ in run.pieces:
+            ref.copy_(torch.where(ratio.isfinite(), x - ratio * (x - ref), x))
 
 
 def _recomputed(x: Tensor, ref: Tensor, scale: Tensor) -> Tensor:
@@ -130,20 +248,54 @@ def _recomputed(x: Tensor, ref: Tensor, scale: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    return torch.dot(a, b) if a.dim() == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+def grouped(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """Large tensors for themselves, small ones of one kind together, in groups of at most PIECE elements."""
+    groups: list[list[Slot]] = []
+    small: dict[tuple[Any, ...], tuple[list[Slot], int]] = {}
+    for slot in slots:
+        ref, grad = local(slot.ref), slot.grad
+        numel = ref.numel()
+        if numel > SMALL or slot.delta is None or grad is None or grad.is_sparse or ref.is_complex():
+            groups.append([slot])
+            continue
+        kind = (slot.index, slot.sign, slot.entering, slot.layout, ref.device, ref.dtype, slot.param.dtype, grad.dtype)
+        group, room = small.get(kind, ([], 0))
+        if numel > room:
+            group, room = [], PIECE
+            groups.append(group)
+        group.append(slot)
+        small[kind] = group, room - numel
+    return groups
 
 
-def _like(scale: Tensor, ref: Tensor) -> Tensor:
-    """A 0-d tensor on the device of `ref` and in its (real) dtype."""
-    return scale.to(device=ref.device, dtype=ref.dtype.to_real())
+def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
+    """All elements; in the same pieces whenever they are the same slots.
+
+    Args:
+        groups: as :func:`grouped` puts them together.
+        wanted: what is needed of them beside x: "grad" (None, where it is sparse), "ref", "delta".
+    """
+    for group in groups:
+        slot = group[0]
+        if len(group) > 1:
+            columns = {name: _column(group, name) for name in ("param", *wanted)}
+            flat = {name: end_to_end(tensors) for name, tensors in columns.items()}
+            yield Run(group, [(flat["param"], flat.get("grad"), flat.get("ref"), flat.get("delta"), None)])
+        else:
+            grad = slot.grad if "grad" in wanted and slot.grad is not None and not slot.grad.is_sparse else None
+            yield Run(group, list(_pieces(slot.param, grad, slot.ref, slot.delta, slot.x)))
 
 
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Tensors of one shape (or None) as tuples of views of at most BLOCK elements; complex ones as real pairs.
+def _column(group: list[Slot], name: str) -> list[Tensor]:
+    tensors = [getattr(slot, name) for slot in group]
+    return tensors if group[0].layout is None else [local(t) for t in tensors]
+
+
+def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors of one shape (or None) as tuples of views of at most PIECE elements; complex ones as real pairs.
 
     In memory order where all of them are dense and laid out alike (channels_last among them), else cut along
     the longest dimension until the pieces are small.
@@ -160,11 +312,19 @@ def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
 
 def _cut(views: list[Any]) -> Iterator[tuple[Any, ...]]:
     first = views[0]
-    if first.numel() > BLOCK:
+    if first.numel() > PIECE:
         longest = max(range(first.dim()), key=lambda d: first.shape[d])
-        size = BLOCK if first.dim() == 1 else -(-first.shape[longest] // 2)
-        pieces = [None if t is None else t.split(size, longest) for t in views]
-        for i in range(-(-first.shape[longest] // size)):
-            yield from _cut([None if piece is None else piece[i] for piece in pieces])
+        size = PIECE if first.dim() == 1 else -(-first.shape[longest] // 2)
+        count = -(-first.shape[longest] // size)
+        columns = [[None] * count if t is None else t.split(size, longest) for t in views]
+        if first.dim() == 1:
+            yield from zip(*columns, strict=True)
+        else:
+            for piece in zip(*columns, strict=True):
+                yield from _cut(list(piece))
     elif first.numel() > 0:
         yield tuple(views)
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
