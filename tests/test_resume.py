@@ -425,3 +425,15 @@ def test_a_mechanic_checkpoint_loads_into_the_plain_optimizer(trained: Any, prob
     plain = torch.optim.AdamW(problem.parameters(), lr=1.0)
     plain.load_state_dict(copy.deepcopy(mechanic.state_dict()))
     assert plain.param_groups[0]["lr"] == 1e-3
+
+
+def test_another_scale_loaded_under_parameters_that_stay_moves_x_ref(trained: Any, problem: Problem) -> None:
+    """x and Δ are what the last step left, bit for bit, but S is not: x_ref gives way, as to an edit."""
+    parameters, mechanic = trained(steps=20)
+    state = copy.deepcopy(mechanic.state_dict())
+    state["param_groups"][0]["mechanic_state"][25] *= 100
+    mechanic.load_state_dict(state)
+    (p, *_), scale = parameters, mechanic._read("scale").float()
+    x, delta = p.detach().clone(), mechanic.state[p]["mechanic_delta"].clone()
+    problem.train(parameters, mechanic, range(20, 21))
+    torch.testing.assert_close(mechanic.state[p]["mechanic_ref"] + scale * delta, x)

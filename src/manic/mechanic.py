@@ -123,7 +123,6 @@ class Mechanic(Optimizer):
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
         self._stepping = False
         self._told: set[str] = set()  # the warnings that were given
-        self._carried: dict[Layout, Carried] = {}  # what our own last step left of x: a hint, never saved
         self._epoch: int | None = None  # where our own last step left the scheduler
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not any(base_optimizer.state.values())
@@ -496,7 +495,8 @@ class Mechanic(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
         # `step`: it can be neither pickled nor copied.
-        return {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
+        kept = {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
+        return {**kept, "_carried": {}}  # which goes by the identity of parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -559,6 +559,7 @@ class Mechanic(Optimizer):
 
     def _settle(self) -> None:
         """What follows from the options and the unit: the β on the device, and the groups' own record."""
+        self._carried: dict[Layout, Carried] = {}  # what our own last step left of x: nothing, for these groups
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
         checkpoint.record(self)
 
