@@ -258,7 +258,8 @@ def grouped(slots: Sequence[Slot]) -> list[list[Slot]]:
     for slot in slots:
         ref, grad = local(slot.ref), slot.grad
         numel = ref.numel()
-        if numel > SMALL or slot.delta is None or grad is None or grad.is_sparse or ref.is_complex():
+        alone = numel == 0 or numel > SMALL or ref.is_complex()  # torch 2.6 cannot take empty tensors apart
+        if alone or slot.delta is None or grad is None or grad.is_sparse:
             groups.append([slot])
             continue
         kind = (slot.index, slot.sign, slot.entering, slot.layout, ref.device, ref.dtype, slot.param.dtype, grad.dtype)
