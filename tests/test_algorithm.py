@@ -354,3 +354,18 @@ def test_the_smallest_edit_of_one_element_is_seen_and_without_edits_nobody_looks
     words = 8 // p.element_size()  # an exchange of whole words leaves the sum of the bits as it is
     p.data[: 2 * words] = p.data[: 2 * words].roll(words)
     assert [step(), step()] == [1, 0]
+
+
+def test_what_was_left_of_one_parameter_says_nothing_of_its_twin() -> None:
+    """Equal x and Δ, but x_ref of the twin, which sat out while S changed, must give way."""
+    one, twin = (slot(10, ref=torch.zeros(10)) for _ in range(2))
+    scale = torch.ones(1, dtype=torch.float64)
+    _, carried = sweeps.move([[one]], scale, scale, None)
+    twin.param.data.copy_(one.param)
+    twin.delta.copy_(one.delta)
+    refs = one.ref.clone(), twin.ref.clone()
+    sweeps.measure([[one]], scale, carried)
+    sweeps.measure([[twin]], 2 * scale, carried)
+    assert torch.equal(one.ref, refs[0])
+    torch.testing.assert_close(twin.ref, twin.param.detach() - 2 * twin.delta)
+    assert not torch.equal(twin.ref, refs[1])
