@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,13 @@ def gap(got: Any, wanted: Any, start: Any) -> float:
     moved = (wanted - start).abs().max().item()
     assert moved > 1e-3, "nothing moved: the comparison would be vacuous"
     return (got - wanted).abs().max().item() / moved
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment, for processes that are to meet there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
 
 
 def cosine(steps: int) -> Callable[[int], float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import frameworks
 import pytest
 import torch
+from conftest import free_port
 from test_readme import snippets
 
 from manic import Mechanic
@@ -46,9 +46,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
 
 
 def start(framework: str, world: int, folder: Path, phases: tuple[str, ...]) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     workers = []
     for rank in range(world):
         names: dict[str, Any] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import free_port
 
 import manic
 
@@ -23,9 +23,7 @@ def snippets(page: Path) -> list[str]:
 @pytest.fixture
 def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What torchrun says to a process that is alone."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+    names = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     for name, value in names.items():
         monkeypatch.setenv(name, str(value))
     yield
