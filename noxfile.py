@@ -13,6 +13,7 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"  # one torch for all: an open range may fetch gigabytes of CUDA
 TESTS = ("pytest", "pytest-cov", "pytest-xdist", "hypothesis")
+EXTRAS = ("ninja", "matplotlib", "numpy", "triton; sys_platform == 'linux'")  # what some of the tests need
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -30,7 +31,7 @@ def pytest(session: nox.Session, *arguments: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, against the installed wheel, with branch coverage."""
-    install(session, ".", *TESTS)
+    install(session, ".", *TESTS, *EXTRAS)
     coverage = (
         "--cov",
         "manic",
@@ -70,7 +71,7 @@ def agreement(session: nox.Session) -> None:
 @nox.session
 def distributed(session: nox.Session) -> None:
     """FSDP2, HSDP, DDP, FSDP1, pipeline stages and their checkpoints, with 2 and 4 processes on the CPU."""
-    install(session, ".", *TESTS, "numpy")
+    install(session, ".", *TESTS, "numpy", "ninja")
     pytest(session, "-m", "distributed", str(ROOT / "tests"), *session.posargs)
 
 
@@ -99,13 +100,26 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """What a step costs, beside the plain one and the peers; what a checkpoint costs. Takes a quiet machine."""
-    install(session, ".", "numpy", "mechanic-pytorch", "prodigyopt", "schedulefree")
+    """Time, memory and exactness beside the peers; tables, JSON and a bar chart in out/bench. Wants a quiet machine.
+
+    `nox -s bench -- quick` runs every script on little, to see that they run.
+    """
+    peers = ("mechanic-pytorch", "prodigyopt", "schedulefree", "optax")
+    install(session, ".[demo]", "numpy", "ninja", *peers)
     out = ROOT / "out" / "bench"
     out.mkdir(parents=True, exist_ok=True)
-    scripts = ROOT / "docs" / "benchmarks"
-    session.run("python", str(scripts / "step_time.py"), "--json", str(out / "step_time.json"), *session.posargs)
-    session.run("python", str(scripts / "checkpoint_bytes.py"))
+    quick = {
+        "step_time": ["--rounds", "2", "--cases", "500 small", "--threads", "1"],
+        "end_to_end": ["--rounds", "2", "--layers", "2", "--width", "64"],
+        "memory": ["--numel", "1000000"],
+        "sums": ["--numel", "1000000"],
+        "checkpoint_bytes": ["--numel", "1000000"],
+    }
+    for name, few in quick.items():
+        json = [] if name == "checkpoint_bytes" else ["--json", str(out / f"{name}.json")]
+        script = str(ROOT / "docs" / "benchmarks" / f"{name}.py")
+        session.run("python", script, *json, *(few if "quick" in session.posargs else []))
+    session.run("python", str(ROOT / "docs" / "benchmarks" / "report.py"), str(out))
 
 
 @nox.session
@@ -123,6 +137,8 @@ def build(session: nox.Session) -> None:
         "import manic, torch, importlib.resources as r; p = torch.nn.Parameter(torch.ones(3)); "
         "m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9)); "
         "[((p ** 2).sum().backward(), m.step(), m.zero_grad()) for _ in range(9)]; "
-        "assert m.scale > 0 and (r.files(manic) / 'py.typed').is_file(); print(manic.__version__, float(m.scale))"
+        "assert m.scale > 0; files = r.files(manic); "
+        "assert all((files / name).is_file() for name in ('py.typed', 'native.cpp')); "
+        "print(manic.__version__, float(m.scale))"
     )
     session.run("python", "-c", check)

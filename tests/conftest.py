@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import socket
 from collections.abc import Callable
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from manic import Mechanic
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 
 @dataclass

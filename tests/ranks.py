@@ -162,10 +162,12 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(kind: str, store_delta: str, broken_at: str) -> dict[str, Any]:
+def run(kind: str, how: str, broken_at: str) -> dict[str, Any]:
     """A whole run; on the way, the collectives of one step."""
     # Unused parameters have no gradient. (FSDP1 gives them one of zeros: there they are frozen.)
-    one = Run(kind, frozen=kind == "fsdp1", store_delta=store_delta == "True")
+    one = Run(kind, frozen=kind == "fsdp1", store_delta=how != "recomputed")
+    if how == "compiled":
+        one.mechanic.compile()
     one.train(range(STEPS - 1), broken_at=int(broken_at))
     x = torch.ones(8, 5)
     one.mechanic.zero_grad()

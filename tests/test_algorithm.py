@@ -231,7 +231,7 @@ def test_sums_over_many_elements_keep_their_digits(dtype: torch.dtype) -> None:
     values = one.param.detach().float()
     exact = values.double().square().sum().item()
     naive = abs(torch.dot(values, values).item() / exact - 1)
-    sums = sweeps.measure([[one]], torch.zeros(1, dtype=torch.float64))[0]
+    sums = sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0]
     assert abs(sums[3].item() / exact - 1) < min(1e-5, naive / 10)
     assert one.grad is not None
     assert sums[2].item() == pytest.approx(one.grad.double().square().sum().item(), rel=1e-5)
@@ -241,7 +241,7 @@ def test_pieces_are_added_up_in_float64() -> None:
     """A piece of 1e8 and 40 of 1: in float32 the ones would be lost."""
     p = torch.cat([torch.full((1,), 1e4), torch.zeros(sweeps.PIECE - 1), *[torch.eye(1, sweeps.PIECE)[0]] * 40])
     one = slot(1, param=nn.Parameter(p), grad=p, ref=p.clone(), delta=torch.zeros_like(p))
-    assert sweeps.measure([[one]], torch.zeros(1, dtype=torch.float64))[0][3].item() == 1e8 + 40
+    assert sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0][3].item() == 1e8 + 40
 
 
 def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None
     wide = torch.randn(400, 3000).t()  # a transposed view: neither flat nor cut along dimension 0
     for p in (torch.randn(300_001), torch.randn(8, 3, 200, 200).to(memory_format=torch.channels_last), wide):
         one = slot(1, param=nn.Parameter(p), grad=torch.ones_like(p), ref=p.clone(), delta=torch.zeros_like(p))
-        sums = sweeps.measure([[one]], torch.zeros(1, dtype=torch.float64))[0]
+        sums = sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0]
         assert sums[2].item() == p.numel()
     assert max(sizes) <= 128 * 1024
 
@@ -360,12 +360,12 @@ def test_what_was_left_of_one_parameter_says_nothing_of_its_twin() -> None:
     """Equal x and Δ, but x_ref of the twin, which sat out while S changed, must give way."""
     one, twin = (slot(10, ref=torch.zeros(10)) for _ in range(2))
     scale = torch.ones(1, dtype=torch.float64)
-    _, carried = sweeps.move([[one]], scale, scale, None)
+    _, carried = sweeps.move(sweeps.grouped([one]), scale, scale, None, {})
     twin.param.data.copy_(one.param)
     twin.delta.copy_(one.delta)
     refs = one.ref.clone(), twin.ref.clone()
-    sweeps.measure([[one]], scale, carried)
-    sweeps.measure([[twin]], 2 * scale, carried)
+    sweeps.measure(sweeps.grouped([one]), scale, carried)
+    sweeps.measure(sweeps.grouped([twin]), 2 * scale, carried)
     assert torch.equal(one.ref, refs[0])
     torch.testing.assert_close(twin.ref, twin.param.detach() - 2 * twin.delta)
     assert not torch.equal(twin.ref, refs[1])

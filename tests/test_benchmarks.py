@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import contenders
+import memory
 import pytest
+import sums
+import torch
 from checkpoint_bytes import measure
 
 
@@ -18,3 +22,41 @@ def test_a_checkpoint_costs_no_more_than_the_wrappers_own_tensors(tmp_path: Path
     assert more.pop("load_state_dict()") == pytest.approx([8, 8], abs=0.05)  # x_ref and Δ, float32
     assert more.pop("dcp.load, set_optimizer_state_dict") == pytest.approx([8, 8], abs=0.05)
     assert not more
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tensors", [4, 400], ids=["large", "small"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["manic", "manic, compiled"])
+def test_two_float32_values_per_parameter_and_next_to_nothing_in_a_step(
+    name: str, dtype: torch.dtype, tensors: int
+) -> None:
+    numel = 2_000_000
+    ((_, build, _),) = contenders.installed([name])
+    plain, _ = memory.measure(contenders.adamw, numel, tensors, dtype)
+    persistent, transient = memory.measure(build, numel, tensors, dtype)
+    assert (persistent - plain) / numel == pytest.approx(8, abs=0.05)
+    assert transient < 0.1 * numel + 2**20
+
+
+def test_sums_keep_their_digits() -> None:
+    """A million elements; one float32 dot has lost ten times as much."""
+    for dtype in (torch.float32, torch.bfloat16):
+        errors = sums.errors(10**6, dtype)
+        assert errors["manic"] < 3e-6
+        assert errors["manic, compiled"] < 3e-6
+
+
+def test_the_report_is_made_of_what_was_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import report
+
+    figures = {"ratio": 2.0, "low": 1.9, "high": 2.1, "plain_ms": 3.0}
+    names = ("control", *report.BARS)
+    results = [{"case": case, "threads": 1, "contender": name, **figures} for case in ("a", "b") for name in names]
+    results[0]["floor"] = results[len(names)]["floor"] = 1.5
+    text = report.step_time(results)
+    assert "| floor, 1 thread(s) | 1.5 | 1.5 |" in text
+    assert text.count("| 2.00 | 2.00 |") == len(names)
+    report.chart(results, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000

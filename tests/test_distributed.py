@@ -50,11 +50,12 @@ DCP += [(("fsdp", 2), ("fsdp", 2), *form, mode) for form in FORMS[1:] for mode i
 DCP += [((kind, 2), (kind, 2), *FORMS[0], mode) for kind in ("fsdp1", "fsdp1-flat") for mode in MODES[:2]]
 WHOLE = [("fsdp", "fsdp", dtype) for dtype in ("float32", "bfloat16", "float16")]
 WHOLE += [("fsdp", "fsdp1", "float32"), ("fsdp1", "fsdp", "float32")]
+HOW = ["stored", "recomputed", "compiled"]
 REHEARSED = [("plain", 1, "bfloat16"), ("plain", 1, "float32"), ("fsdp", 2, "float32")]
 
 
-def run(kind: str, world: int, store_delta: bool, broken_at: int) -> Job:
-    return Job(world, "run", (kind, str(store_delta), str(broken_at)))
+def run(kind: str, world: int, how: str, broken_at: int) -> Job:
+    return Job(world, "run", (kind, how, str(broken_at)))
 
 
 def rehearsal(kind: str, world: int, dtype: str, base: str) -> Job:
@@ -81,8 +82,8 @@ def whole(source: str, target: str, dtype: str) -> Job:
 REFUSED = Job(2, "refused", ("refused",))
 STAGES = [
     [
-        *(run("plain", 1, store, broken) for store in (True, False) for broken in (-1, 5)),
-        *(run(kind, world, store, broken) for kind, world, _, broken in SPREAD for store in (True, False)),
+        *(run("plain", 1, how, broken) for how in HOW for broken in (-1, 5)),
+        *(run(kind, world, how, broken) for kind, world, _, broken in SPREAD for how in HOW),
         *(rehearsal(*case, base) for case in REHEARSED for base in ("sgd", "adamw", "adagrad")),
         *(saved(source, base, dtype, mode) for source, _, base, dtype, mode in DCP),
         *(whole(*case) for case in WHOLE),
@@ -157,13 +158,13 @@ SCALE, SKIPPED = 25, 30  # in the tuner's flat form, with six betas
 
 
 @pytest.mark.parametrize(("kind", "world", "collectives", "broken_at"), SPREAD, ids=str)
-@pytest.mark.parametrize("store_delta", [True, False])
+@pytest.mark.parametrize("how", HOW)
 def test_a_sharded_run_is_the_run_of_one_process(
-    result: Any, kind: str, world: int, collectives: int, broken_at: int, store_delta: bool
+    result: Any, kind: str, world: int, collectives: int, broken_at: int, how: str
 ) -> None:
     """Global sums with uneven and empty shards, unused parameters, and a NaN that one rank alone sees."""
-    (alone,) = result(run("plain", 1, store_delta, broken_at))
-    results = result(run(kind, world, store_delta, broken_at))
+    (alone,) = result(run("plain", 1, how, broken_at))
+    results = result(run(kind, world, how, broken_at))
     assert alone["tuner"][SCALE] > 1e-3, "the scale never started"
     for one in results:
         assert len(one["collectives"]) == collectives, "one all-reduce per step"

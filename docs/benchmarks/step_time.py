@@ -1,29 +1,23 @@
 """How long a wrapped step takes, as a multiple of the plain one: python docs/benchmarks/step_time.py
 
-Base: AdamW(fused=True), gradients that stay. In one process, interleaved: per round plain, contender, plain; the ratio
-of a round is the contender's time over the mean of its two neighbours, and the figure is the median of the rounds. The
-control is another plain optimizer in the contender's place: how far from 1.00 it is, is how far to trust the rest.
+Base: AdamW(fused=True), gradients that stay. Contender and plain step take turns in one process (`ratio` in
+contenders.py). The control is another plain optimizer in the contender's place: how far from 1.00 it is, is how far to
+trust the rest. The floor is 1 + the time to read six words per parameter over that of the plain step: the two sweeps
+must read x, g and Δ, and x, x_ref and Δ, and what they write comes on top. torch.sum and torch.dot do the reading, in
+as many flat tensors; the fastest of their runs counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from contenders import CONTENDERS, Parameters, adamw, installed, machine, ratio, seconds
 from torch import nn
 
-from manic import Mechanic
-
 Shapes = list[tuple[int, ...]]
-Build = Callable[[list[nn.Parameter]], Any]
 
 
 def resnet50() -> Shapes:
@@ -54,30 +48,7 @@ CASES: dict[str, Shapes] = {
 }
 
 
-def adamw(parameters: list[nn.Parameter]) -> Any:
-    return torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-
-
-# The module that it needs, and how it is built around AdamW.
-CONTENDERS: dict[str, tuple[str, Callable[[Any], Build]]] = {
-    "control": ("torch", lambda _: adamw),
-    "manic": ("manic", lambda _: lambda p: Mechanic(adamw(p))),
-    "manic, store_delta=False": ("manic", lambda _: lambda p: Mechanic(adamw(p), store_delta=False)),
-    "mechanic-pytorch": (
-        "mechanic_pytorch",
-        lambda m: lambda p: m.mechanize(torch.optim.AdamW)(p, lr=1e-3, fused=True),
-    ),
-    "AdamWScheduleFree": ("schedulefree", lambda m: lambda p: trained(m.AdamWScheduleFree(p))),
-    "Prodigy": ("prodigyopt", lambda m: lambda p: m.Prodigy(p)),
-}
-
-
-def trained(optimizer: Any) -> Any:
-    optimizer.train()
-    return optimizer
-
-
-def parameters_of(shapes: Shapes, device: torch.device) -> list[nn.Parameter]:
+def parameters_of(shapes: Shapes, device: torch.device) -> Parameters:
     generator = torch.Generator().manual_seed(0)
     parameters = []
     for shape in shapes:
@@ -87,31 +58,22 @@ def parameters_of(shapes: Shapes, device: torch.device) -> list[nn.Parameter]:
     return parameters
 
 
-def seconds(optimizer: Any, repeats: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        optimizer.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+def floor(shapes: Shapes, plain_ms: float, device: torch.device) -> float:
+    """1 + six words of reading per parameter, in units of the plain step."""
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    flat = [torch.ones(numel, device=device) for _ in range(6)]
+    repeats = max(1, round(20 / plain_ms))
 
+    def sums() -> None:
+        for t in flat:
+            t.sum()
 
-def ratio(shapes: Shapes, build: Build, rounds: int, device: torch.device) -> dict[str, float]:
-    """Median of the rounds' ratios, their quartiles, and the plain step in milliseconds."""
-    plain, contender = adamw(parameters_of(shapes, device)), build(parameters_of(shapes, device))
-    for optimizer in (plain, contender):
-        seconds(optimizer, 3, device)
-    repeats = max(1, round(0.05 / seconds(plain, 3, device)))
-    times = [seconds(plain, repeats, device)]
-    ratios = []
-    for _ in range(rounds):
-        ours = seconds(contender, repeats, device)
-        times.append(seconds(plain, repeats, device))
-        ratios.append(2 * ours / (times[-1] + times[-2]))
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": median, "low": low, "high": high, "plain_ms": 1e3 * statistics.median(times)}
+    def dots() -> None:
+        for a, b in zip(flat[::2], flat[1::2], strict=True):
+            torch.dot(a, b)
+
+    reading = min(seconds(read, repeats, device) for _ in range(7) for read in (sums, dots))
+    return 1 + 1e3 * reading / plain_ms
 
 
 def main() -> None:
@@ -123,27 +85,28 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {name}; step time over that of AdamW(fused=True), median [quartiles]")
+    print(f"{machine(args.device)}; step time over that of AdamW(fused=True), median [quartiles]")
     results = []
     for case in args.cases:
+        shapes = CASES[case]
         for threads in args.threads:
             torch.set_num_threads(threads)
-            for contender in args.contenders:
-                module, make = CONTENDERS[contender]
-                try:
-                    build = make(importlib.import_module(module))
-                except ImportError:
-                    continue  # a peer that is not installed
-                figures = ratio(CASES[case], build, args.rounds, args.device)
-                results.append({"case": case, "threads": threads, "contender": contender, **figures})
+            for name, build, plain in installed(args.contenders):
+                if plain is not adamw and threads != max(args.threads):
+                    continue  # JAX takes all cores
+                steps = [make(parameters_of(shapes, args.device)).step for make in (plain, build)]
+                figures = ratio(*steps, args.rounds, args.device)
+                if name == "control":
+                    figures["floor"] = floor(shapes, figures["plain_ms"], args.device)
+                results.append({"case": case, "threads": threads, "contender": name, **figures})
                 print(
-                    f"{case:12} {threads} thread(s) | {contender:24} | {figures['ratio']:6.2f} "
-                    f"[{figures['low']:.2f}, {figures['high']:.2f}] | plain {figures['plain_ms']:.2f} ms",
+                    f"{case:12} {threads} thread(s) | {name:29} | {figures['ratio']:6.2f} "
+                    f"[{figures['low']:.2f}, {figures['high']:.2f}] | plain {figures['plain_ms']:.2f} ms"
+                    + (f" | floor {figures['floor']:.2f}" if "floor" in figures else ""),
                     flush=True,
                 )
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "machine": name, "results": results}, indent=1))
+        args.json.write_text(json.dumps({"machine": machine(args.device), "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +15,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from manic import checkpoint
+from manic.kernels import Kernels, compiled_tune, kernels_for, native
 from manic.reduction import over_group, over_mesh
-from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, local, shards, slots, wide
-from manic.sweeps import GRAD_SQ, NUMEL, Carried, grouped, hold, measure, move
+from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, shards, signature, slots, wide
+from manic.sweeps import GRAD_SQ, NUMEL, Carried, Group, discard, grouped, hold, measure, move
 from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("manic")
+
+Active = dict[Layout, list[Group]]
+
+
+class Plan(NamedTuple):
+    """What takes part in a step."""
+
+    seen: Any  # by what it is known again
+    slots: list[Slot]  # the parameters that have a gradient
+    active: Active  # the same, grouped for the sweeps
+    idle: list[Slot]  # a recomputed Δ and no gradient: they sit this step out
 
 
 class Mechanic(Optimizer):
@@ -122,6 +133,9 @@ class Mechanic(Optimizer):
         devices = [p.device for group in base_optimizer.param_groups for p in group["params"]]
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
         self._stepping = False
+        self._compiled = False
+        self._plan: Plan | None = None
+        self._carried: Carried = {}
         self._told: set[str] = set()  # the warnings that were given
         self._epoch: int | None = None  # where our own last step left the scheduler
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
@@ -151,7 +165,7 @@ class Mechanic(Optimizer):
             if self._rehearse(closure):
                 return loss
             self._forget_rehearsal()
-        active, idle = self._slots()
+        _, taking, active, idle = self._take()
         before = self._read("scale")  # S_t
         sums = self._measure(active, before)  # ⟨Δ,g⟩ ⟨Δ,x⟩ ‖g‖² ‖x‖² ‖Δ‖²
         tuners, ok = self._tune(sums)  # h m v r W → s_{t+1}
@@ -162,7 +176,7 @@ class Mechanic(Optimizer):
             self._propose(active, closure, before, ok)  # x_t + u_t
             update_sq = self._move(active, before, after, ok)  # Δ += u_t, x = x_ref + S·Δ
             hold(idle, before, after)
-            self._store(active)
+            self._store(taking)
             self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
             self._step_schedule()
         self._log()
@@ -179,22 +193,22 @@ class Mechanic(Optimizer):
         real = closure is not None or any(float(group.get("lr", 1)) != 0 for group in self.param_groups)
         if real or any(self.state.values()):
             return False
-        active, _ = self._slots()
-        sums = self._measure(active, self._read("scale")).sum(0)  # of all ranks: their verdict is the same
+        plan = self._take()
+        sums = self._measure(plan.active, self._read("scale")).sum(0)  # of all ranks: their verdict is the same
         if sums[NUMEL] == 0 or sums[GRAD_SQ] != 0:
             return False
-        self._create_state(active)
+        self._create_state(plan.slots)
         return True
 
-    def _create_state(self, active: list[list[Slot]]) -> None:
+    def _create_state(self, taking: list[Slot]) -> None:
         """What a first step with lr and gradients of 0 creates, and nothing else of it."""
         before = [dict(group) for group in self.param_groups]
         self._step_base(None)
         for group, values in zip(self.param_groups, before, strict=True):
             group.update(values)  # some bases count their steps here
-        for slot in chain.from_iterable(active):
+        for slot in taking:
             slot.param.copy_(slot.ref)
-        self._store(active)
+        self._store(taking)
 
     @torch.no_grad()
     def _rehearsed(self) -> dict[str, Any]:
@@ -207,7 +221,7 @@ class Mechanic(Optimizer):
             for group in self.param_groups:
                 if "lr" in group:
                     group["lr"] = group["lr"] * 0
-            self._create_state(self._slots()[0])
+            self._create_state(self._take().slots)
             for group, values in zip(self.param_groups, before, strict=True):
                 group.update(values)
             return checkpoint.pack(self)
@@ -228,42 +242,59 @@ class Mechanic(Optimizer):
             elif p.grad is not None:
                 self.state[p].pop(REF), self.state[p].pop(DELTA, None)
 
-    def _slots(self) -> tuple[list[list[Slot]], list[Slot]]:
-        """The parameters that have a gradient, grouped for the sweeps, and those with a recomputed Δ that sit this
-        step out."""
+    @disable_dynamo
+    def _take(self) -> Plan:
+        """What takes part in this step. Worked out anew only where something is not as it was in the last one."""
         self._adopt()
-        options = self._options
-        all_slots = list(
-            slots(self.param_groups, self.state, store_delta=options.store_delta, per_group=options.per_group)
-        )
-        active = [slot for slot in all_slots if slot.grad is not None]
-        idle = [slot for slot in all_slots if slot.grad is None and slot.delta is None]
-        return grouped(active), idle
+        options, groups = self._options, self.param_groups
+        params = [p for group in groups for p in group["params"]]
+        looks = signature(params, self.state)
+        seen = looks and ([(len(group["params"]), group.get("maximize")) for group in groups], *looks)
+        if self._plan is None or self._plan.seen is None or self._plan.seen != seen:
+            every = list(slots(groups, self.state, store_delta=options.store_delta, per_group=options.per_group))
+            taking = [slot for slot in every if slot.grad is not None]
+            active: Active = {layout: [] for layout in self._layouts()}
+            for group in grouped(taking, self._kernels):
+                active[group.layout].append(group)
+            idle = [slot for slot in every if slot.grad is None and slot.delta is None]
+            entering = any(slot.entering for slot in taking)  # whose x_ref is x of this moment
+            self._plan = Plan(None if entering else seen, taking, active, idle)
+        else:
+            for slot in self._plan.slots:
+                slot.grad = slot.param.grad
+        return self._plan
+
+    def _kernels(self, device: torch.device) -> Kernels | None:
+        return kernels_for(device, compiled=self._compiled)
 
     def _layouts(self) -> list[Layout]:
         """How the parameters are spread over processes, alike on every rank: sharded ones first."""
         found = dict.fromkeys(layout_of(p) for group in self.param_groups for p in group["params"])
         return sorted(found, key=shards, reverse=True) or [None]
 
-    def _measure(self, active: list[list[Slot]], before: Tensor) -> Tensor:
+    @disable_dynamo
+    def _measure(self, active: Active, before: Tensor) -> Tensor:
         """The global sums at x_t: [k, 8], columns as in :class:`manic.tuner.Sums`."""
         total = torch.zeros(len(before), len(Sums._fields), dtype=before.dtype, device=before.device)
-        for i, layout in enumerate(self._layouts()):
-            part = measure([group for group in active if group[0].layout == layout], before, self._carried.get(layout))
+        for i, (layout, mine) in enumerate(active.items()):
+            part = measure(mine, before, self._carried)
             if i == 0:
                 part[:, -1] = self._read("update_sq")
             total += over_mesh(part, layout)
         return over_group(total, self.process_group)
 
-    def _move(self, active: list[list[Slot]], before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
+    @disable_dynamo
+    def _move(self, active: Active, before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
         """The second pass; returns ‖u_t‖² over this process's share of the parameters, [k]."""
-        layouts = self._layouts()
+        layouts = list(active)
         update_sq = torch.zeros_like(after)
-        for layout in layouts:
-            mine = [group for group in active if group[0].layout == layout]
-            part, self._carried[layout] = move(mine, before, after, None if _on_host(ok) else ok)
+        carries: Carried = {}
+        for layout, mine in active.items():
+            part, left = move(mine, before, after, None if _on_host(ok) else ok, self._carried)
+            carries |= left
             # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
             update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
+        self._carried = carries
         return update_sq.nan_to_num_(0.0, 0.0, 0.0)
 
     def _flat(self) -> list[Tensor]:
@@ -285,7 +316,8 @@ class Mechanic(Optimizer):
         ok = torch.isfinite(sums).all()
         unit = self._unit or 1.0
         pairs = zip(self._tuners(), sums, strict=True)
-        return [tune(old, Sums(*row), ok, self._betas, self._options, unit) for old, row in pairs], ok
+        tune_one = compiled_tune() if self._compiled and not _on_host(ok) else tune
+        return [tune_one(old, Sums(*row), ok, self._betas, self._options, unit) for old, row in pairs], ok
 
     def _commit(self, tuners: list[Tuner], ok: Tensor) -> None:
         """The end of a step: what the tuner has learned from it becomes its state."""
@@ -293,18 +325,17 @@ class Mechanic(Optimizer):
             flat.copy_(tuner.pack())
         self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
 
-    def _propose(self, active: list[list[Slot]], closure: Callable[[], Any] | None, before: Tensor, ok: Tensor) -> None:
+    def _propose(self, active: Active, closure: Callable[[], Any] | None, before: Tensor, ok: Tensor) -> None:
         """The base optimizer's own step: the parameters hold x_t + u_t. If it raises, they hold x_t again."""
         if not _on_host(ok):
-            for slot in chain.from_iterable(active):
-                assert slot.grad is not None
-                values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
-                values.masked_fill_(~ok.to(values.device), 0)
+            for mine in active.values():
+                discard(mine, ok, self._carried)
         try:
             with self._unit_lr():
                 self._step_base(closure)
         except BaseException:
-            move(active, before, before, torch.zeros_like(ok))
+            for mine in active.values():
+                move(mine, before, before, torch.zeros_like(ok), self._carried)
             raise
 
     def _step_base(self, closure: Callable[[], Any] | None) -> None:
@@ -357,9 +388,11 @@ class Mechanic(Optimizer):
             self._told.add(message)
             checkpoint.warn(message)
 
-    def _store(self, active: list[list[Slot]]) -> None:
-        """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them."""
-        for slot in chain.from_iterable(active):
+    def _store(self, taking: list[Slot]) -> None:
+        """x_ref and Δ of the parameters that entered, beside the state that the base has now created for them: in the
+        order of the parameters, in which every rank gathers them. The step's own tensors are let go."""
+        for slot in taking:
+            slot.grad = slot.x = None
             if slot.entering:
                 self._put(slot.param, slot.ref, slot.delta)
 
@@ -367,6 +400,24 @@ class Mechanic(Optimizer):
         self.state[p][REF] = ref
         if delta is not None:
             self.state[p][DELTA] = delta
+
+    @disable_dynamo
+    @torch.no_grad()
+    def compile(self) -> None:
+        """Compile what a step runs, as :meth:`torch.nn.Module.compile` does for a module: the same to rounding, faster.
+
+        On the CPU the two passes over memory become C++ (for dense parameters in float32, float64 and bfloat16), built
+        by ``torch.utils.cpp_extension`` in a second or two and kept in its folder. Elsewhere the scalar half goes
+        through ``torch.compile``, in the next step. Not part of a checkpoint: a run that is to resume bit for bit
+        compiles both times, or neither.
+
+        Raises:
+            RuntimeError: there is no C++ compiler or no ninja, or they fail. The Mechanic goes on as before.
+        """
+        if any(p.device.type == "cpu" for group in self.param_groups for p in group["params"]):
+            native()
+        self._compiled = True
+        self._settle()
 
     # ------------------------------------------------------------------ what the user reads
 
@@ -496,7 +547,7 @@ class Mechanic(Optimizer):
         # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
         # `step`: it can be neither pickled nor copied.
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
-        return {**kept, "_carried": {}}  # which goes by the identity of parameters
+        return {**kept, "_carried": {}, "_plan": None}  # which go by the identity of parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -559,7 +610,8 @@ class Mechanic(Optimizer):
 
     def _settle(self) -> None:
         """What follows from the options and the unit: the β on the device, and the groups' own record."""
-        self._carried: dict[Layout, Carried] = {}  # what our own last step left of x: nothing, for these groups
+        self._carried = {}  # what our own last step left of x: nothing, for these groups
+        self._plan = None
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
         checkpoint.record(self)
 

@@ -92,3 +92,16 @@ def slots(
             if grad is not None and getattr(grad, "placements", None) != getattr(p, "placements", None):
                 grad = grad.redistribute(placements=p.placements)
             yield Slot(p, grad, sign, i if per_group else 0, ref, delta, layout_of(p), entering)
+
+
+def signature(params: list[Tensor], state: Mapping[Tensor, Any]) -> tuple[Any, ...] | None:
+    """All that decides how the parameters, their gradients and their state are taken together, to be compared with
+    that of another step. None: it cannot be told."""
+    if not {Tensor, torch.nn.Parameter}.issuperset(map(type, params)):
+        return None
+    kept = [entries and (id(entries.get(REF)), id(entries.get(DELTA))) for entries in map(state.get, params)]
+    grads = [
+        g if g is None else (g.dtype, g.stride(), g.is_neg()) if g.layout is torch.strided else g.layout
+        for g in [p.grad for p in params]
+    ]
+    return [*map(id, params)], [(p.dtype, p.device, p.shape, p.stride()) for p in params], grads, kept

@@ -2,19 +2,22 @@
 
 Both go through the elements in cache-sized pieces: stretches of a large tensor, or small tensors end to end, so that
 there is more to do about a piece than to say. A piece is worked on in the dtype of x_ref (float32, or float64 for
-float64 parameters), and the sums of the pieces are added up in the dtype of the tuner (float64).
+float64 parameters), and the sums of the pieces are added up in the dtype of the tuner (float64). Where there are
+kernels for them (kernels.py), dense parameters go there, all of one kind at once; what is here does for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 
-from manic.storage import Slot, local
+from manic.kernels import Kernels, Memory
+from manic.storage import Layout, Slot, local
 from manic.tuner import Sums
 
 end_to_end: Any = torch._utils._flatten_dense_tensors
@@ -26,12 +29,27 @@ ENTERED_SQ, NUMEL = map(Sums._fields.index, ("entered_sq", "numel"))
 
 PIECE = 64 * 1024  # elements: some float32 pieces fit in a core's L2 cache, and a float32 sum keeps its digits
 SMALL = PIECE // 8  # elements up to which tensors are laid end to end, in copies
+PACKED = PIECE // 2  # elements of such a piece: with those of the piece before it that is a megabyte of copies
 
 Key = tuple[int, torch.device, torch.dtype]  # which learned scale; where, and in which dtype, the sums are
 
-# What the last move left of x, to tell an edit by: the parameters, by identity and in order; of each piece <Δ,x>, which
-# sees an exchange of elements, and the sum of the bits, which sees a change in any one. 0-d each; on the CPU only.
-Carried = tuple[list[int], dict[Key, list[Tensor]]]
+# What the last move left of x, by the parameters' identity and order. Of eager pieces: <Δ,x>, which sees an exchange of
+# elements, and the sum of the bits, which sees a change in any one; 0-d each; on the CPU only. And what kernels keep.
+Identity = tuple[int, ...]
+Carried = dict[Identity, Memory | dict[Key, list[Tensor]]]
+
+
+class Group(NamedTuple):
+    """Parameters that the sweeps take together: alike in layout, learned scale, dtypes and device."""
+
+    slots: list[Slot]
+    numel: int
+    kernels: Kernels | None = None  # None: the eager pieces
+    identity: Identity = ()
+
+    @property
+    def layout(self) -> Layout:
+        return self.slots[0].layout
 
 
 class Run(NamedTuple):
@@ -47,8 +65,7 @@ class Run(NamedTuple):
 
     def scale(self, scales: Tensor) -> Tensor:
         """The learned scale of these elements, 0-d, as they want it."""
-        _, device, dtype = self.key
-        return scales[self.slots[0].index].to(device=device, dtype=dtype)
+        return _as_wanted(scales, self.slots[0])
 
     def put(self, name: str, values: Tensor, place: Tensor) -> None:
         """Write what was worked out for "param", "ref" or "delta" to `place`, or where `place` was copied from."""
@@ -60,58 +77,71 @@ class Run(NamedTuple):
 
 
 @disable_dynamo
-def measure(groups: Sequence[list[Slot]], scales: Tensor, carried: Carried | None = None) -> Tensor:
+def measure(groups: Sequence[Group], scales: Tensor, carried: Carried) -> Tensor:
     """One pass over x, g and Δ: the sums of every learned scale.
 
     An element that does not stand at x_ref + S·Δ was moved by somebody else (an edit, or it sat out while S
-    changed): its x_ref is shifted so that x stays. On the CPU every element is looked at only if x is not, by two
-    checksums, what the last :func:`move` left. Where Δ is recomputed an edit cannot be told from an update; there x_t
-    is noted for :func:`move`.
+    changed): its x_ref is shifted so that x stays. On the CPU, and in kernels, every element is looked at only if x is
+    not, by two checksums, what the last :func:`move` left. Where Δ is recomputed an edit cannot be told from an update;
+    there x_t is noted for :func:`move`.
 
     Args:
         groups: the parameters with a gradient, as :func:`grouped` puts them together.
         scales: [k], S of each learned scale as of the last :func:`move`.
-        carried: what the last :func:`move` returned, if it is known.
+        carried: what the last :func:`move` returned; empty where it is not known.
 
     Returns:
         [k, 8], columns as in :class:`manic.tuner.Sums`, dtype and device of `scales`. The last one, ‖u_{t-1}‖², is
         for the caller to fill in: :func:`move` knew it.
     """
+    sums = scales.new_zeros(len(scales), len(Sums._fields))
+    for group in groups:
+        if group.kernels is not None:
+            memory = carried.get(group.identity)
+            if not isinstance(memory, Memory):
+                memory = carried[group.identity] = Memory(group.slots, group.kernels.piece)
+            table = group.kernels.measure(group.slots, _as_wanted(scales, group.slots[0]), memory)
+            _add(sums, group.slots[0], table)
+    _measure_eagerly([group.slots for group in groups if group.kernels is None], scales, carried, sums)
+    for group in groups:
+        sums[group.slots[0].index, NUMEL] += group.numel
+    return sums
+
+
+def _add(sums: Tensor, slot: Slot, table: Tensor) -> None:
+    """The sums of pieces, [pieces, 5], to those of the learned scale."""
+    found = table.to(sums.dtype).sum(0).to(sums.device)
+    sums[slot.index, 0] += slot.sign * found[0]
+    sums[slot.index, 1:5] += found[1:]
+    if slot.entering:
+        sums[slot.index, ENTERED_SQ] += found[X_SQ]
+
+
+def _measure_eagerly(groups: Sequence[list[Slot]], scales: Tensor, carried: Carried, sums: Tensor) -> None:
     slots = [slot for group in groups for slot in group]
     for slot in slots:
         if slot.delta is None:
             slot.x = slot.param.clone()
-    rows: dict[Key, list[Tensor]] = {}
-    entered: dict[Key, list[Tensor]] = {}
+    found: dict[tuple[Key, float, bool], tuple[Slot, list[Tensor]]] = {}
     seen: dict[Key, list[Tensor]] = {}
     for run in _runs(groups, "grad", "delta"):
-        values = _measure(run, run.scale(scales), seen.setdefault(run.key, []))
-        rows.setdefault(run.key, []).extend(values)
-        if run.slots[0].entering:
-            entered.setdefault(run.key, []).extend(values[X_SQ::5])
-
-    found = {key: torch.stack(values).view(-1, 5) for key, values in rows.items() if values}
+        slot = run.slots[0]
+        _, values = found.setdefault((run.key, slot.sign, slot.entering), (slot, []))
+        values += _measure(run, run.scale(scales), seen.setdefault(run.key, []))
     if not _as_left(slots, seen, carried):
         _anchor(groups, scales)
-
-    sums = scales.new_zeros(len(scales), len(Sums._fields))
-    for (index, *_), table in found.items():
-        sums[index, :5] += table.to(scales.dtype).sum(0).to(scales.device)
-    for (index, *_), x_sq in entered.items():
-        if x_sq:
-            sums[index, ENTERED_SQ] += torch.stack(x_sq).to(scales.dtype).sum().to(scales.device)
+    for slot, values in found.values():
+        if values:
+            _add(sums, slot, torch.stack(values).view(-1, 5))
     for slot in slots:
         if slot.grad is not None and slot.grad.is_sparse:
             sums[slot.index, :5] += _measure_rows(slot, scales[slot.index]).to(sums)
-    for index in range(len(scales)):
-        sums[index, NUMEL] = sum(local(slot.param).numel() for slot in slots if slot.index == index)
-    return sums
 
 
 def _measure(run: Run, scale: Tensor, seen: list[Tensor]) -> list[Tensor]:
     """Piece after piece: <Δ,g>, <Δ,x>, ‖g‖², ‖x‖², ‖Δ‖², 0-d each; and what `carried` is to be compared with."""
     values: list[Tensor] = []
-    zero, sign, dtype = scale.new_zeros(()), run.slots[0].sign, scale.dtype
+    zero, dtype = scale.new_zeros(()), scale.dtype
     for stored, g, ref, delta, _ in run.pieces:
         x = stored.to(dtype)
         d = _recomputed(x, ref, scale) if delta is None else delta
@@ -120,7 +150,7 @@ def _measure(run: Run, scale: Tensor, seen: list[Tensor]) -> list[Tensor]:
             g = g.to(dtype)
             delta_grad, grad_sq = _dot(d, g), _dot(g, g)
         delta_x = _dot(d, x)
-        values += (delta_grad if sign > 0 else -delta_grad, delta_x, grad_sq, _dot(x, x), _dot(d, d))
+        values += (delta_grad, delta_x, grad_sq, _dot(x, x), _dot(d, d))
         if delta is not None:
             seen += _checksums(delta_x, stored)
     return values
@@ -150,11 +180,12 @@ def _checksums(delta_x: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     return delta_x, x.view(words).sum()
 
 
-def _as_left(slots: Sequence[Slot], seen: dict[Key, list[Tensor]], carried: Carried | None) -> bool:
+def _as_left(slots: Sequence[Slot], seen: dict[Key, list[Tensor]], carried: Carried) -> bool:
     """Whether x is what the last :func:`move` left."""
-    if carried is None or carried[0] != [id(slot.param) for slot in slots] or carried[1].keys() != seen.keys():
+    left = carried.get(_identity(slots))
+    if not isinstance(left, dict) or left.keys() != seen.keys():
         return False
-    pairs = [(values[i::2], carried[1][key][i::2]) for key, values in seen.items() for i in (0, 1)]
+    pairs = [(values[i::2], left[key][i::2]) for key, values in seen.items() for i in (0, 1)]
     return all(len(now) == len(then) > 0 and torch.equal(torch.stack(now), torch.stack(then)) for now, then in pairs)
 
 
@@ -168,7 +199,9 @@ def _anchor(groups: Sequence[list[Slot]], scales: Tensor) -> None:
 
 
 @disable_dynamo
-def move(groups: Sequence[list[Slot]], before: Tensor, after: Tensor, ok: Tensor | None) -> tuple[Tensor, Carried]:
+def move(
+    groups: Sequence[Group], before: Tensor, after: Tensor, ok: Tensor | None, carried: Carried
+) -> tuple[Tensor, Carried]:
     """One pass over x, Δ and x_ref after the base step: Δ_{t+1} = Δ_t + u_t, x_{t+1} = x_ref + S_{t+1}·Δ_{t+1}.
 
     What the base did is read off the parameters: u_t = x - x_t, and x_t is where the last :func:`move` put it.
@@ -177,13 +210,32 @@ def move(groups: Sequence[list[Slot]], before: Tensor, after: Tensor, ok: Tensor
         groups: the parameters with a gradient, as :func:`measure` left them.
         before, after: [k], S_t and S_{t+1} of each learned scale.
         ok: 0-d bool. False undoes the step: Δ and x become what they were. None: known to be true.
+        carried: what :func:`measure` was given.
 
     Returns:
         [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next :func:`measure` is to find.
     """
-    update_sq = torch.zeros_like(after)
     if ok is not None:
         after = torch.where(ok, after, before)
+    carries: Carried = {}
+    for group in groups:
+        if group.kernels is not None:
+            memory = carried[group.identity]
+            assert isinstance(memory, Memory)
+            here, there = (_as_wanted(scales, group.slots[0]) for scales in (before, after))
+            group.kernels.move(group.slots, here, there, None if ok is None else ok.to(here.device), memory)
+            memory.known = True
+            carries[group.identity] = memory
+    eager = [group.slots for group in groups if group.kernels is None]
+    update_sq, left = _move_eagerly(eager, before, after, ok)
+    carries[_identity([slot for slots in eager for slot in slots])] = left
+    return update_sq, carries
+
+
+def _move_eagerly(
+    groups: Sequence[list[Slot]], before: Tensor, after: Tensor, ok: Tensor | None
+) -> tuple[Tensor, dict[Key, list[Tensor]]]:
+    update_sq = torch.zeros_like(after)
     left: dict[Key, list[Tensor]] = {}
     for run in _runs(groups, "ref", "delta"):
         here, there = run.scale(before), run.scale(after)
@@ -192,7 +244,7 @@ def move(groups: Sequence[list[Slot]], before: Tensor, after: Tensor, ok: Tensor
             update_sq[run.slots[0].index] += _move_recomputed(run, here, there, counts).to(update_sq)
         else:
             _move(run, here, there, counts, left.setdefault(run.key, []))
-    return update_sq, ([id(slot.param) for group in groups for slot in group], left)
+    return update_sq, left
 
 
 def _move(run: Run, here: Tensor, there: Tensor, counts: Tensor | None, left: list[Tensor]) -> None:
@@ -234,6 +286,22 @@ def _finite(update: Tensor, counts: Tensor | None) -> Tensor:
     return update if counts is None else update.mul_(counts)
 
 
+@disable_dynamo
+def discard(groups: Sequence[Group], ok: Tensor, carried: Carried) -> None:
+    """The gradients become 0 unless `ok`, 0-d bool: for devices that would have to wait for the host to know it."""
+    for group in groups:
+        counts = ok.to(group.slots[0].ref.device)
+        if group.kernels is not None:
+            memory = carried[group.identity]
+            assert isinstance(memory, Memory)
+            group.kernels.discard(group.slots, counts, memory)
+            continue
+        for slot in group.slots:
+            assert slot.grad is not None
+            values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
+            values.masked_fill_(~counts, 0)
+
+
 def hold(slots: Sequence[Slot], before: Tensor, after: Tensor) -> None:
     """Keep x and the recomputed Δ of parameters that sit out while S changes: x_ref moves instead."""
     for run in _runs([[slot] for slot in slots], "ref"):
@@ -251,25 +319,50 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a, b) if a.dim() == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-def grouped(slots: Sequence[Slot]) -> list[list[Slot]]:
-    """Large tensors for themselves, small ones of one kind together, in groups of at most PIECE elements."""
-    groups: list[list[Slot]] = []
-    small: dict[tuple[Any, ...], tuple[list[Slot], int]] = {}
+def grouped(slots: Sequence[Slot], kernels: Callable[[torch.device], Kernels | None] = lambda _: None) -> list[Group]:
+    """Parameters that `kernels` of their device can take, all of a kind together; of the others the large ones for
+    themselves, and small ones of a kind in groups of at most PACKED elements."""
+    alone: list[list[Slot]] = []
+    small: dict[tuple[Any, ...], list[list[Slot]]] = {}
+    fast: dict[tuple[Any, ...], list[Slot]] = {}
+    able: dict[torch.device, Kernels | None] = {}
     for slot in slots:
-        ref, grad = local(slot.ref), slot.grad
-        numel = ref.numel()
-        alone = numel == 0 or numel > SMALL or ref.is_complex()  # torch 2.6 cannot take empty tensors apart
-        if alone or slot.delta is None or grad is None or grad.is_sparse:
-            groups.append([slot])
+        if slot.delta is None or slot.grad is None or slot.grad.is_sparse or slot.ref.is_complex():
+            alone.append([slot])
             continue
-        kind = (slot.index, slot.sign, slot.entering, slot.layout, ref.device, ref.dtype, slot.param.dtype, grad.dtype)
-        group, room = small.get(kind, ([], 0))
-        if numel > room:
-            group, room = [], PIECE
-            groups.append(group)
-        group.append(slot)
-        small[kind] = group, room - numel
-    return groups
+        param, grad, ref, delta = map(local, (slot.param, slot.grad, slot.ref, slot.delta))
+        device, dtype, numel = ref.device, param.dtype, ref.numel()
+        kind = slot.index, slot.sign, slot.entering, slot.layout, device, dtype, grad.dtype
+        if device not in able:
+            able[device] = kernels(device)
+        here = able[device]
+        if here is not None and dtype in here.dtypes and _alike(param, grad, ref, delta):
+            fast.setdefault(kind, []).append(slot)
+        elif numel > SMALL or numel == 0:  # torch 2.6 cannot take empty tensors apart
+            alone.append([slot])
+        else:
+            groups = small.setdefault(kind, [[]])
+            if _numel(groups[-1]) + numel > PACKED:
+                groups.append([])
+            groups[-1].append(slot)
+    eager = [*alone, *chain.from_iterable(small.values())]
+    return [Group(group, _numel(group)) for group in eager] + [
+        Group(group, _numel(group), able[kind[4]], _identity(group)) for kind, group in fast.items()
+    ]
+
+
+def _numel(slots: Sequence[Slot]) -> int:
+    return sum(local(slot.ref).numel() for slot in slots)
+
+
+def _alike(x: Tensor, g: Tensor, ref: Tensor, delta: Tensor) -> bool:
+    """Whether the elements of all are dense in memory and in the same order, and x and g are of one dtype."""
+    if x.dtype != g.dtype or not x.shape == g.shape == ref.shape == delta.shape or g.is_neg():
+        return False
+    if x.is_contiguous() and g.is_contiguous() and ref.is_contiguous() and delta.is_contiguous():
+        return True
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return all(t.permute(order).is_contiguous() for t in (x, g, ref, delta))
 
 
 def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
@@ -288,6 +381,15 @@ def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
         else:
             grad = slot.grad if "grad" in wanted and slot.grad is not None and not slot.grad.is_sparse else None
             yield Run(group, list(_pieces(slot.param, grad, slot.ref, slot.delta, slot.x)))
+
+
+def _identity(slots: Sequence[Slot]) -> Identity:
+    return tuple([id(slot.param) for slot in slots])
+
+
+def _as_wanted(scales: Tensor, slot: Slot) -> Tensor:
+    """The learned scale of a parameter, 0-d, in the dtype and on the device of its x_ref."""
+    return scales[slot.index].to(device=slot.ref.device, dtype=slot.ref.dtype.to_real())
 
 
 def _column(group: list[Slot], name: str) -> list[Tensor]:

@@ -1,0 +1,71 @@
+"""What a wrapped optimizer holds, in bytes per parameter: python docs/benchmarks/memory.py
+
+Counts what torch's allocator hands out and takes back (not the process's size). Persistent: what is held after three
+steps beyond parameters and gradients, less what plain AdamW holds. Transient: the most that one more step holds at any
+moment beyond what is held before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_bytes import held
+from contenders import CONTENDERS, Build, Parameters, adamw, installed, machine
+from torch import nn
+
+
+def parameters_of(numel: int, tensors: int, dtype: torch.dtype) -> Parameters:
+    parameters = [nn.Parameter(torch.ones(numel // tensors, dtype=dtype)) for _ in range(tensors)]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+    return parameters
+
+
+def measure(build: Build, numel: int, tensors: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes held after three steps beyond parameters and gradients; and transiently in a fourth."""
+    parameters = parameters_of(numel, tensors, dtype)
+    kept: list[Any] = []
+
+    def run() -> None:
+        kept.append(build(parameters))
+        for _ in range(3):
+            kept[0].step()
+
+    _, persistent = held(run)
+    transient, _ = held(kept[0].step)
+    return persistent, transient
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numel", type=int, default=50_000_000, help="parameters (default: 50 million)")
+    parser.add_argument("--tensors", type=int, default=10, help="in that many tensors (default: 10)")
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    print(f"{machine(torch.device('cpu'))}; {args.numel:,} parameters in {args.tensors} tensors; bytes per parameter")
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, _ = measure(adamw, args.numel, args.tensors, dtype)
+        for name, build, base in installed(args.contenders):
+            if base is not adamw or (dtype == torch.bfloat16 and "store_delta" in name):
+                continue
+            persistent, transient = measure(build, args.numel, args.tensors, dtype)
+            figures = {"persistent": (persistent - plain) / args.numel, "transient": transient / args.numel}
+            kind = str(dtype).removeprefix("torch.")
+            results.append({"contender": name, "dtype": kind, **figures, "transient_bytes": transient})
+            print(
+                f"{kind:9} {name:25} | persistent {figures['persistent']:6.2f} | transient {figures['transient']:6.2f} "
+                f"({transient / 2**20:.2f} MiB)",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

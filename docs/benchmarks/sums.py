@@ -1,0 +1,53 @@
+"""How exact the sums over very many elements are: python docs/benchmarks/sums.py
+
+‖g‖² of 100 million elements, as one torch.dot in float32 and as a Mechanic measures it, against float64. Relative
+errors. (mechanic-pytorch adds up one torch.vdot per tensor.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from contenders import machine
+from torch import nn
+
+from manic import kernels, sweeps
+from manic.storage import Slot
+
+
+def errors(numel: int, dtype: torch.dtype) -> dict[str, float]:
+    g = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = sum(piece.double().square().sum().item() for piece in g.split(2**20))
+    naive = torch.dot(g, g).item() if dtype == torch.float32 else torch.dot(g.float(), g.float()).item()
+    found = {"one torch.dot": abs(naive / exact - 1)}
+    zeros = torch.zeros(numel)
+    for name, kernel in (("manic", None), ("manic, compiled", kernels.native())):
+        slot = Slot(nn.Parameter(g), g, 1.0, 0, zeros, zeros)
+        groups = sweeps.grouped([slot], lambda _, kernel=kernel: kernel)
+        sums = sweeps.measure(groups, torch.zeros(1, dtype=torch.float64), {})[0]
+        found[name] = abs(sums[sweeps.GRAD_SQ].item() / exact - 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numel", type=int, default=100_000_000, help="elements (default: 100 million)")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{machine(torch.device('cpu'))}; {args.numel:,} elements, relative error of ‖g‖²")
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, error in errors(args.numel, dtype).items():
+            kind = str(dtype).removeprefix("torch.")
+            results.append({"dtype": kind, "how": name, "error": error})
+            print(f"{kind:9} {name:16} | {error:.1e}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
