@@ -27,7 +27,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 def _triton() -> Kernels:
-    pytest.importorskip("triton")
+    # Older interpreters stumble over NumPy 2.4, and over integers that wrap around. On a GPU any version does.
+    pytest.importorskip("triton", minversion=None if torch.cuda.is_available() else "3.9")
     from manic.triton_kernels import Triton
 
     return Triton()
@@ -124,14 +125,13 @@ def test_the_sums_are_those_of_float64(below: tuple[Kernels, torch.device], dtyp
         assert ((found - wanted).abs() <= 1e-6 * size).all()
 
 
-@pytest.mark.parametrize("base", ["momentum", "adamw", "custom"])
+@pytest.mark.parametrize("base", ["momentum", "adamw"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
 def test_a_run_is_the_oracles(
     below: tuple[Kernels, torch.device], problem: Problem, base: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    unit = {"momentum": 0.1, "adamw": 0.1, "custom": 0.1}[base]
     with using(below[0]):
-        parameters_gap, scale_gap = run_both(problem, base, dtype, True, unit, variant="scale_free")
+        parameters_gap, scale_gap = run_both(problem, base, dtype, True, unit=0.1, variant="scale_free")
     assert parameters_gap < tolerance
     assert scale_gap < tolerance * 10
 
@@ -315,6 +315,7 @@ def test_compile_uses_the_kernels_and_nothing_is_compiled_unasked(problem: Probl
     assert kinds() == [kernels.Native]
 
 
+@pytest.mark.filterwarnings("ignore")  # torch 2.6 has its own words on such a compiler
 def test_without_a_compiler_compile_says_so_and_the_run_goes_on(
     problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -331,10 +332,9 @@ def test_without_a_compiler_compile_says_so_and_the_run_goes_on(
 
 
 def test_triton_that_does_not_run_is_replaced_by_the_eager_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    broken = type(_triton())
     monkeypatch.setattr(kernels, "triton", kernels.triton.__wrapped__)
     assert isinstance(kernels.triton(torch.device("cpu")), Kernels)
-    broken = type(_triton())
 
     def fail(*_: Any) -> Tensor:
         raise OSError("no C compiler")
@@ -427,7 +427,7 @@ def test_what_was_worked_out_once_is_not_used_where_it_does_not_hold(
 
         def step(absent: int | None = None) -> None:
             for i, p in enumerate(q for group in m.param_groups for q in group["params"]):
-                p.grad = None if i == absent else (p.detach() - 1).clone(memory_format=torch.preserve_format)
+                p.grad = None if i == absent else (p.detach() - 1).contiguous()
             if absent == -1:
                 parameters[0].grad = parameters[0].grad.to_sparse(1)  # type: ignore[union-attr]
             m.step()
@@ -465,3 +465,33 @@ def test_gradients_are_not_kept_alive(problem: Problem) -> None:
     grads = [weakref.ref(p.grad) for p in parameters]
     m.zero_grad()
     assert [grad() for grad in grads] == [None, None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs have no interpreter")
+def test_a_captured_step_replays_as_the_eager_one() -> None:
+    def build() -> tuple[list[nn.Parameter], Mechanic]:
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(n, device="cuda")) for n in (3, 5_000, 70_000)]
+        lr = torch.tensor(1e-3, device="cuda")
+        return parameters, Mechanic(torch.optim.AdamW(parameters, lr=lr, fused=True, capturable=True))
+
+    def differentiate(parameters: list[nn.Parameter]) -> None:
+        for p in parameters:
+            p.grad.copy_(p.detach().sin()) if p.grad is not None else setattr(p, "grad", p.detach().sin())
+
+    eager, m = build()
+    for _ in range(23):
+        differentiate(eager)
+        m.step()
+    captured, m = build()
+    for _ in range(3):
+        differentiate(captured)
+        m.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        differentiate(captured)
+        m.step()
+    for _ in range(20):
+        graph.replay()
+    for a, b in zip(eager, captured, strict=True):
+        assert torch.equal(a, b)

@@ -139,8 +139,9 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
         scale = torch.maximum(scale, start)
 
     new = Tuner(m, v, r, s, h, scale, delta_norm, sums.numel, update_norm, ref_sq, old.skipped, old.update_sq)
-    kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
-    return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok)
+    kept = [torch.where(ok, a, b) for a, b in zip(new, old, strict=True)]
+    kept[-3:] = ref_sq, old.skipped + ~ok, old.update_sq
+    return Tuner(*kept)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
