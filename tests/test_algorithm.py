@@ -369,3 +369,18 @@ def test_what_was_left_of_one_parameter_says_nothing_of_its_twin() -> None:
     assert torch.equal(one.ref, refs[0])
     torch.testing.assert_close(twin.ref, twin.param.detach() - 2 * twin.delta)
     assert not torch.equal(twin.ref, refs[1])
+
+
+def test_putting_many_small_tensors_together_looks_at_each_a_few_times() -> None:
+    looks = 0
+
+    class Watched(Slot):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looks
+            looks += name == "ref"
+            return super().__getattribute__(name)
+
+    watched = [Watched(*(vars(slot(1))[name] for name in ("param", "grad", "sign", "index", "ref", "delta")))] * 1000
+    (group,) = sweeps.grouped(watched)
+    assert len(group.slots) == group.numel == 1000
+    assert looks < 10 * 1000

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -379,10 +382,6 @@ for dtype, (X, W, BITS) in k.TYPES.items():
 
 def test_the_triton_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """No GPU is needed for that. It finds what the interpreter lets pass, such as a loop that changes a type."""
-    import os
-    import subprocess
-    import sys
-
     pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)

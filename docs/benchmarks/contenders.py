@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,3 +138,9 @@ def machine(device: torch.device) -> str:
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"torch {torch.__version__}, {model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def write(path: Path | None, device: torch.device, results: list[dict[str, Any]]) -> None:
+    """The figures for report.py, as JSON; nowhere if `path` is None."""
+    if path is not None:
+        path.write_text(json.dumps({"machine": machine(device), "results": results}, indent=1))

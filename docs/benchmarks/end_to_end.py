@@ -7,14 +7,13 @@ zero_grad. Base: AdamW(fused=True). Contender and plain take turns in one proces
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import CONTENDERS, Build, adamw, installed, machine, ratio
+from contenders import CONTENDERS, Build, adamw, installed, machine, ratio, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from chargpt import CONTEXT, CharGPT, batch, corpus, loss_of
@@ -61,8 +60,7 @@ def main() -> None:
             f"| plain {figures['plain_ms']:.0f} ms",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.device), "results": results}, indent=1))
+    write(args.json, args.device, results)
 
 
 if __name__ == "__main__":

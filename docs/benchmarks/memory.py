@@ -8,13 +8,12 @@ moment beyond what is held before it.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoint_bytes import held
-from contenders import CONTENDERS, Build, Parameters, adamw, installed, machine
+from contenders import CONTENDERS, Build, Parameters, adamw, installed, machine, write
 from torch import nn
 
 
@@ -63,8 +62,7 @@ def main() -> None:
                 f"({transient / 2**20:.2f} MiB)",
                 flush=True,
             )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "results": results}, indent=1))
+    write(args.json, torch.device("cpu"), results)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ as many flat tensors; the fastest of their runs counts.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from contenders import CONTENDERS, Parameters, adamw, installed, machine, ratio, seconds
+from contenders import CONTENDERS, Parameters, adamw, installed, machine, ratio, seconds, write
 from torch import nn
 
 Shapes = list[tuple[int, ...]]
@@ -105,8 +104,7 @@ def main() -> None:
                     + (f" | floor {figures['floor']:.2f}" if "floor" in figures else ""),
                     flush=True,
                 )
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(args.device), "results": results}, indent=1))
+    write(args.json, args.device, results)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ errors. (mechanic-pytorch adds up one torch.vdot per tensor.)
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from contenders import machine
+from contenders import machine, write
 from torch import nn
 
 from manic import kernels, sweeps
@@ -45,8 +44,7 @@ def main() -> None:
             kind = str(dtype).removeprefix("torch.")
             results.append({"dtype": kind, "how": name, "error": error})
             print(f"{kind:9} {name:16} | {error:.1e}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "results": results}, indent=1))
+    write(args.json, torch.device("cpu"), results)
 
 
 if __name__ == "__main__":

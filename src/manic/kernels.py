@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manic.storage import Slot, local
+from manic.storage import Slot, column, local
 from manic.tuner import tune
 
 
@@ -29,7 +29,7 @@ class Memory:
     """
 
     def __init__(self, slots: Sequence[Slot], piece: int) -> None:
-        tensors = [local(slot.ref) for slot in slots]
+        tensors = column(slots, "ref")
         numel = torch.tensor([t.numel() for t in tensors])
         pieces = (numel + piece - 1) // piece
         self._owner = torch.repeat_interleave(pieces)  # whose piece
@@ -55,12 +55,10 @@ class Memory:
         """int64 [pieces, 5] on the CPU: how many elements, and where their x, g, x_ref and Δ begin.
 
         Without the gradient only x is looked up again: the base optimizer cannot have put the others elsewhere."""
-        plain = slots[0].layout is None
         names = ("param", "grad", "ref", "delta") if with_grad else ("param",)
         addresses = list(self._addresses)
         for i, name in enumerate(names):
-            tensors = [getattr(slot, name) for slot in slots]
-            addresses[i] = [t.data_ptr() for t in (tensors if plain else map(local, tensors))]
+            addresses[i] = [t.data_ptr() for t in column(slots, name)]
         if addresses != self._addresses:
             self._addresses = addresses
             self.aligned = not any(address % 16 for column in addresses for address in column)
@@ -89,9 +87,15 @@ class Kernels(ABC):
 
     def discard(self, slots: Sequence[Slot], ok: Tensor, memory: Memory) -> None:
         """The gradients become 0 unless `ok`, 0-d bool on their device."""
-        for slot in slots:
-            assert slot.grad is not None
-            local(slot.grad).masked_fill_(~ok, 0)
+        discard_eagerly(slots, ok)
+
+
+def discard_eagerly(slots: Sequence[Slot], ok: Tensor) -> None:
+    """The same for gradients of any kind, each of which is read and written."""
+    for slot in slots:
+        assert slot.grad is not None
+        values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
+        values.masked_fill_(~ok, 0)
 
 
 class Native(Kernels):

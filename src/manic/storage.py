@@ -8,7 +8,7 @@ they are the master weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,12 @@ def shards(layout: Layout) -> int:
 def local(t: Tensor) -> Tensor:
     """This process's part of a tensor: a view."""
     return t.to_local() if hasattr(t, "to_local") else t
+
+
+def column(slots: Sequence[Slot], name: str) -> list[Tensor]:
+    """This process's parts of one field ("param", "grad", "ref", "delta") of slots of one layout."""
+    tensors = [getattr(slot, name) for slot in slots]
+    return tensors if slots[0].layout is None else [local(t) for t in tensors]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

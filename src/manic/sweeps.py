@@ -9,15 +9,14 @@ kernels for them (kernels.py), dense parameters go there, all of one kind at onc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 
-from manic.kernels import Kernels, Memory
-from manic.storage import Layout, Slot, local
+from manic.kernels import Kernels, Memory, discard_eagerly
+from manic.storage import Layout, Slot, column, local
 from manic.tuner import Sums
 
 end_to_end: Any = torch._utils._flatten_dense_tensors
@@ -70,7 +69,7 @@ class Run(NamedTuple):
     def put(self, name: str, values: Tensor, place: Tensor) -> None:
         """Write what was worked out for "param", "ref" or "delta" to `place`, or where `place` was copied from."""
         if len(self.slots) > 1:
-            targets = _column(self.slots, name)
+            targets = column(self.slots, name)
             torch._foreach_copy_(targets, apart(values, targets))
         elif values is not place:
             place.copy_(values)
@@ -97,15 +96,21 @@ def measure(groups: Sequence[Group], scales: Tensor, carried: Carried) -> Tensor
     sums = scales.new_zeros(len(scales), len(Sums._fields))
     for group in groups:
         if group.kernels is not None:
-            memory = carried.get(group.identity)
-            if not isinstance(memory, Memory):
-                memory = carried[group.identity] = Memory(group.slots, group.kernels.piece)
-            table = group.kernels.measure(group.slots, _as_wanted(scales, group.slots[0]), memory)
+            table = group.kernels.measure(group.slots, _as_wanted(scales, group.slots[0]), _memory(group, carried))
             _add(sums, group.slots[0], table)
     _measure_eagerly([group.slots for group in groups if group.kernels is None], scales, carried, sums)
     for group in groups:
         sums[group.slots[0].index, NUMEL] += group.numel
     return sums
+
+
+def _memory(group: Group, carried: Carried) -> Memory:
+    """What the kernels of a group keep; new where nothing is carried."""
+    assert group.kernels is not None
+    memory = carried.get(group.identity)
+    if not isinstance(memory, Memory):
+        memory = carried[group.identity] = Memory(group.slots, group.kernels.piece)
+    return memory
 
 
 def _add(sums: Tensor, slot: Slot, table: Tensor) -> None:
@@ -135,7 +140,7 @@ def _measure_eagerly(groups: Sequence[list[Slot]], scales: Tensor, carried: Carr
             _add(sums, slot, torch.stack(values).view(-1, 5))
     for slot in slots:
         if slot.grad is not None and slot.grad.is_sparse:
-            sums[slot.index, :5] += _measure_rows(slot, scales[slot.index]).to(sums)
+            _add(sums, slot, _measure_rows(slot, _as_wanted(scales, slot)))
 
 
 def _measure(run: Run, scale: Tensor, seen: list[Tensor]) -> list[Tensor]:
@@ -157,16 +162,15 @@ def _measure(run: Run, scale: Tensor, seen: list[Tensor]) -> list[Tensor]:
 
 
 def _measure_rows(slot: Slot, scale: Tensor) -> Tensor:
-    """What the rows that a sparse gradient stores add to <Δ,g> and ‖g‖²: [5]."""
+    """What the rows that a sparse gradient stores add to <Δ,g> and ‖g‖²: [1, 5]."""
     grad = slot.grad.coalesce()  # type: ignore[union-attr]
     rows = tuple(grad.indices())
-    scale = scale.to(device=slot.ref.device, dtype=slot.ref.dtype.to_real())
     delta = slot.delta[rows] if slot.delta is not None else _recomputed(slot.param[rows], slot.ref[rows], scale)
-    sums = torch.zeros(5, dtype=torch.float64, device=delta.device)
+    sums = torch.zeros(1, 5, dtype=torch.float64, device=delta.device)
     for g, d in _pieces(grad.values(), delta):
         g = g.to(d.dtype)
-        sums[0] += slot.sign * _dot(d, g)
-        sums[GRAD_SQ] += _dot(g, g)
+        sums[0, 0] += _dot(d, g)
+        sums[0, GRAD_SQ] += _dot(g, g)
     return sums
 
 
@@ -220,8 +224,7 @@ def move(
     carries: Carried = {}
     for group in groups:
         if group.kernels is not None:
-            memory = carried[group.identity]
-            assert isinstance(memory, Memory)
+            memory = _memory(group, carried)
             here, there = (_as_wanted(scales, group.slots[0]) for scales in (before, after))
             group.kernels.move(group.slots, here, there, None if ok is None else ok.to(here.device), memory)
             memory.known = True
@@ -292,14 +295,9 @@ def discard(groups: Sequence[Group], ok: Tensor, carried: Carried) -> None:
     for group in groups:
         counts = ok.to(group.slots[0].ref.device)
         if group.kernels is not None:
-            memory = carried[group.identity]
-            assert isinstance(memory, Memory)
-            group.kernels.discard(group.slots, counts, memory)
-            continue
-        for slot in group.slots:
-            assert slot.grad is not None
-            values = slot.grad._values() if slot.grad.is_sparse else local(slot.grad)
-            values.masked_fill_(~counts, 0)
+            group.kernels.discard(group.slots, counts, _memory(group, carried))
+        else:
+            discard_eagerly(group.slots, counts)
 
 
 def hold(slots: Sequence[Slot], before: Tensor, after: Tensor) -> None:
@@ -323,7 +321,8 @@ def grouped(slots: Sequence[Slot], kernels: Callable[[torch.device], Kernels | N
     """Parameters that `kernels` of their device can take, all of a kind together; of the others the large ones for
     themselves, and small ones of a kind in groups of at most PACKED elements."""
     alone: list[list[Slot]] = []
-    small: dict[tuple[Any, ...], list[list[Slot]]] = {}
+    small: list[list[Slot]] = []
+    unfilled: dict[tuple[Any, ...], tuple[list[Slot], int]] = {}  # the last of each kind, and what it has room for
     fast: dict[tuple[Any, ...], list[Slot]] = {}
     able: dict[torch.device, Kernels | None] = {}
     for slot in slots:
@@ -341,18 +340,19 @@ def grouped(slots: Sequence[Slot], kernels: Callable[[torch.device], Kernels | N
         elif numel > SMALL or numel == 0:  # torch 2.6 cannot take empty tensors apart
             alone.append([slot])
         else:
-            groups = small.setdefault(kind, [[]])
-            if _numel(groups[-1]) + numel > PACKED:
-                groups.append([])
-            groups[-1].append(slot)
-    eager = [*alone, *chain.from_iterable(small.values())]
-    return [Group(group, _numel(group)) for group in eager] + [
+            group, room = unfilled.get(kind, ([], 0))
+            if numel > room:
+                group, room = [], PACKED
+                small.append(group)
+            group.append(slot)
+            unfilled[kind] = group, room - numel
+    return [Group(group, _numel(group)) for group in alone + small] + [
         Group(group, _numel(group), able[kind[4]], _identity(group)) for kind, group in fast.items()
     ]
 
 
 def _numel(slots: Sequence[Slot]) -> int:
-    return sum(local(slot.ref).numel() for slot in slots)
+    return sum(ref.numel() for ref in column(slots, "ref"))
 
 
 def _alike(x: Tensor, g: Tensor, ref: Tensor, delta: Tensor) -> bool:
@@ -375,7 +375,7 @@ def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
     for group in groups:
         slot = group[0]
         if len(group) > 1:
-            columns = {name: _column(group, name) for name in ("param", *wanted)}
+            columns = {name: column(group, name) for name in ("param", *wanted)}
             flat = {name: end_to_end(tensors) for name, tensors in columns.items()}
             yield Run(group, [(flat["param"], flat.get("grad"), flat.get("ref"), flat.get("delta"), None)])
         else:
@@ -390,11 +390,6 @@ def _identity(slots: Sequence[Slot]) -> Identity:
 def _as_wanted(scales: Tensor, slot: Slot) -> Tensor:
     """The learned scale of a parameter, 0-d, in the dtype and on the device of its x_ref."""
     return scales[slot.index].to(device=slot.ref.device, dtype=slot.ref.dtype.to_real())
-
-
-def _column(group: list[Slot], name: str) -> list[Tensor]:
-    tensors = [getattr(slot, name) for slot in group]
-    return tensors if group[0].layout is None else [local(t) for t in tensors]
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
