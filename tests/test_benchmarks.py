@@ -39,6 +39,15 @@ def test_two_float32_values_per_parameter_and_next_to_nothing_in_a_step(
     assert transient < 0.1 * numel + 2**20
 
 
+def test_frozen_it_holds_nothing() -> None:
+    numel = 2_000_000
+    ((_, build, _),) = contenders.installed(["manic, frozen"])
+    plain, _ = memory.measure(contenders.adamw, numel, 40, torch.float32)
+    persistent, transient = memory.measure(build, numel, 40, torch.float32)
+    assert persistent - plain < 2**10
+    assert transient < 2**10
+
+
 def test_sums_keep_their_digits() -> None:
     """A million elements; one float32 dot has lost ten times as much."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -30,6 +30,14 @@ def compiled(parameters: Parameters) -> Mechanic:
     return mechanic
 
 
+def frozen(parameters: Parameters) -> Mechanic:
+    mechanic = Mechanic(adamw(parameters))
+    for _ in range(3):
+        mechanic.step()
+    mechanic.freeze()
+    return mechanic
+
+
 def schedule_free(module: Any) -> Build:
     def build(parameters: Parameters) -> Any:
         optimizer = module.AdamWScheduleFree(parameters, lr=1e-3)
@@ -72,6 +80,7 @@ CONTENDERS: dict[str, tuple[str, Callable[[Any], Build], Build]] = {
     "control": ("torch", lambda _: adamw, adamw),
     "manic": ("manic", lambda _: lambda p: Mechanic(adamw(p)), adamw),
     "manic, compiled": ("ninja", lambda _: compiled, adamw),
+    "manic, frozen": ("manic", lambda _: frozen, adamw),
     "manic, store_delta=False": ("manic", lambda _: lambda p: Mechanic(adamw(p), store_delta=False), adamw),
     "mechanic-pytorch": (
         "mechanic_pytorch",

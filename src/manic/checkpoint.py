@@ -50,6 +50,7 @@ def record(mechanic: Mechanic) -> None:
             "scheduler": None if scheduler is None else type(scheduler).__name__,
             "unit": mechanic._unit,
             "lazy": mechanic._lazy,
+            "frozen": mechanic._frozen,
             **dataclasses.asdict(mechanic._options),
         }
         group["mechanic_options"] = (options,)
@@ -124,8 +125,8 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
         state_dict = {**state_dict, "state": _by_number(state_dict)}
         groups = _check_groups(mechanic, state_dict)
         plain = not any("mechanic_state" in group for group in groups)
-        options, unit, lazy = (mechanic._options, 0.0, True) if plain else _check_tuner(mechanic, groups)
-        _check_state(mechanic, state_dict, options)
+        tuned = (mechanic._options, 0.0, True, False) if plain else _check_tuner(mechanic, groups)
+        _check_state(mechanic, state_dict, tuned[0], frozen=tuned[-1])
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
             "this is no optimizer state: it must be a dict with 'state' and 'param_groups', as state_dict() returns it "
@@ -140,10 +141,10 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
         _load_base(mechanic, state_dict)
         mechanic._start_afresh()
         return
-    _name_differences(mechanic, groups[0]["mechanic_options"][0], options)
+    _name_differences(mechanic, groups[0]["mechanic_options"][0], tuned[0])
     live = mechanic.state
     _load_base(mechanic, state_dict)
-    mechanic._options, mechanic._unit, mechanic._lazy = options, unit, lazy
+    mechanic._options, mechanic._unit, mechanic._lazy, mechanic._frozen = tuned
     _load_tuner(mechanic, state_dict, live)
     if mechanic.scheduler is not None and "mechanic_scheduler" in groups[0]:
         mechanic.scheduler.load_state_dict(copy.deepcopy(groups[0]["mechanic_scheduler"][0]))
@@ -169,8 +170,8 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
     return list(saved)
 
 
-def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Options, float, bool]:
-    """The options, unit and laziness that the checkpoint was written with."""
+def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Options, float, bool, bool]:
+    """The options and the unit that the checkpoint was written with, and whether it was lazy and frozen."""
     for i, group in enumerate(groups):
         for key in ("mechanic_options", *TUNER):
             if key not in group:
@@ -191,7 +192,9 @@ def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Opti
             f"the checkpoint was written with the scheduler {theirs}, this Mechanic has {type(scheduler).__name__}"
         )
     try:
-        unit, lazy = float(saved.pop("unit")), bool(saved.pop("lazy"))
+        unit, lazy, frozen = float(saved.pop("unit")), saved.pop("lazy"), saved.pop("frozen")
+        if not isinstance(lazy, bool) or not isinstance(frozen, bool):
+            raise TypeError(f"lazy = {lazy!r} and frozen = {frozen!r} must be bools")
         options = Options(**saved)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint's options are broken: {error}") from error
@@ -203,16 +206,16 @@ def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Opti
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{key} of param group {i} must be a float tensor of shape {expected}, got {got}")
             _check_finite(f"{key} of param group {i}", value)
-    return options, unit, lazy
+    return options, unit, lazy, frozen
 
 
-def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Options) -> None:
+def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Options, *, frozen: bool) -> None:
     params, state = _by_id(mechanic, state_dict), state_dict["state"]
     mechanic._check_params(list(params.values()), options)
     foreign = [key for key in state if isinstance(key, int) and key not in params]
     if foreign:
         raise ValueError(f"the checkpoint has state of parameter {foreign[0]}, which is in none of its param groups")
-    ours = {REF, DELTA} if options.store_delta else {REF}
+    ours = set() if frozen else {REF, DELTA} if options.store_delta else {REF}
     known = SHAPED if type(mechanic.base_optimizer).__module__.startswith("torch.optim") else set()
     stepped = {key: state[key] for key in params if isinstance(state.get(key), dict) and state[key]}
     for key, values in stepped.items():
@@ -222,17 +225,17 @@ def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Option
             )
         for name in sorted(values.keys() & (ours | known)):
             _check_tensor(f"{name} of parameter {key}", values[name], params[key], finite=name in ours)
-    missing = mechanic.process_group is None and not any(REF in values for values in stepped.values())
+    whole = frozen or mechanic.process_group is not None or any(REF in values for values in stepped.values())
     for group in state_dict["param_groups"]:
         if (
-            missing
+            not whole
             and "mechanic_state" in group
             and Tuner.unpack(group["mechanic_state"], len(options.betas)).numel > 0
         ):
             raise ValueError(
                 f"the checkpoint is of step {int(group['mechanic_step'])}, but has no {REF!r} for any parameter. "
                 "torch.distributed.checkpoint loads what it is asked for: ask with the Mechanic itself, "
-                "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there"
+                "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there, and not frozen"
             )
         members = [key for key in group["params"] if key in stepped]
         for name in sorted(known & set(chain.from_iterable(stepped[key] for key in members))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,9 +162,13 @@ class Mechanic(Optimizer):
             the closure's loss, or None.
         """
         loss, closure = _evaluate(closure)
+        self._adopt()
+        if self._rehearse(closure):
+            return loss
+        if self._frozen:
+            self._step_frozen(closure)
+            return loss
         if self._calls == 0:
-            if self._rehearse(closure):
-                return loss
             self._forget_rehearsal()
         _, taking, active, idle = self._take()
         before = self._read("scale")  # S_t
@@ -186,12 +191,15 @@ class Mechanic(Optimizer):
     def _rehearse(self, closure: object) -> bool:
         """torch.distributed.checkpoint makes an optimizer create its state by a step with lr and gradients of 0.
 
-        Before the first real step only. Such a step runs the base and nothing else: the parameters stay, tuner
-        and scheduler wait, and x_ref and Δ lie in the state for a checkpoint to be loaded over them. Returns
-        whether this step was one. It looks at values only while every lr is 0 and no state is there.
+        Only where no state is: before the first real step, or frozen around a base that keeps none. Such a step runs
+        the base and nothing else: the parameters stay, tuner and scheduler wait, and x_ref and Δ lie in the state for
+        a checkpoint to be loaded over them. Returns whether this step was one. It looks at values only while every lr
+        is 0.
         """
-        real = closure is not None or any(float(group.get("lr", 1)) != 0 for group in self.param_groups)
-        if real or any(self.state.values()):
+        if closure is not None or any(self.state.values()):
+            return False
+        lrs = [torch.as_tensor(group.get("lr", 1)) for group in self.param_groups]
+        if not all(_on_host(lr) and float(lr) == 0 for lr in lrs):
             return False
         plan = self._take()
         sums = self._measure(plan.active, self._read("scale")).sum(0)  # of all ranks: their verdict is the same
@@ -245,7 +253,6 @@ class Mechanic(Optimizer):
     @disable_dynamo
     def _take(self) -> Plan:
         """What takes part in this step. Worked out anew only where something is not as it was in the last one."""
-        self._adopt()
         options, groups = self._options, self.param_groups
         params = [p for group in groups for p in group["params"]]
         looks = signature(params, self.state)
@@ -331,8 +338,7 @@ class Mechanic(Optimizer):
             for mine in active.values():
                 discard(mine, ok, self._carried)
         try:
-            with self._unit_lr():
-                self._step_base(closure)
+            self._step_base(closure)
         except BaseException:
             for mine in active.values():
                 move(mine, before, before, torch.zeros_like(ok), self._carried)
@@ -341,28 +347,38 @@ class Mechanic(Optimizer):
     def _step_base(self, closure: Callable[[], Any] | None) -> None:
         self._stepping = True  # not behind the wrapper's back
         try:
-            self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
+            with self._lent_lr():
+                self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
         finally:
             self._stepping = False
 
     @contextmanager
-    def _unit_lr(self) -> Iterator[None]:
+    def _lent_lr(self) -> Iterator[None]:
         """The base at lr / base lr: its schedule and the ratios of its groups stay, and the updates are large
-        enough beside the parameters that x_t + u_t - x_t keeps the digits of u_t."""
-        unit = self._unit
-        if unit in (0, 1):
-            yield
-            return
-        groups = [group for group in self.param_groups if "lr" in group]
-        lrs = [(group["lr"], group["lr"] / unit) for group in groups]
-        for group, (_, lent) in zip(groups, lrs, strict=True):
-            group["lr"] = lent
+        enough beside the parameters that x_t + u_t - x_t keeps the digits of u_t. Frozen: at lr × scale."""
+        lent = []
+        for group, divisor in zip(self.param_groups, self._divisors, strict=True):
+            if "lr" in group and divisor != 1:
+                lr, group["lr"] = group["lr"], group["lr"] / divisor
+                lent.append((group, divisor, lr, group["lr"]))
         try:
             yield
         finally:
-            for group, (lr, lent) in zip(groups, lrs, strict=True):
+            for group, divisor, lr, ours in lent:
                 # A base that sets its own lr has set the lent one.
-                group["lr"] = lr if group["lr"] is lent else group["lr"] * unit
+                group["lr"] = lr if group["lr"] is ours else group["lr"] * divisor
+
+    def _step_frozen(self, closure: Callable[[], Any] | None) -> None:
+        """x_{t+1} = x_t + S·u_t, and nothing learned."""
+        if all(math.isinf(divisor) for divisor in self._divisors):
+            raise ValueError(
+                "this Mechanic was frozen before it had learned a scale, which serves to load a frozen checkpoint: "
+                "load one, or build a new Mechanic, train, and call freeze() then"
+            )
+        self._step_base(closure)
+        self.param_groups[0]["mechanic_step"].add_(1)
+        self._step_schedule()
+        self._log()
 
     @disable_dynamo
     def _step_schedule(self) -> None:
@@ -393,7 +409,7 @@ class Mechanic(Optimizer):
         order of the parameters, in which every rank gathers them. The step's own tensors are let go."""
         for slot in taking:
             slot.grad = slot.x = None
-            if slot.entering:
+            if slot.entering and not self._frozen:
                 self._put(slot.param, slot.ref, slot.delta)
 
     def _put(self, p: Tensor, ref: Tensor, delta: Tensor | None) -> None:
@@ -419,6 +435,31 @@ class Mechanic(Optimizer):
         self._compiled = True
         self._settle()
 
+    @disable_dynamo
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Stop learning: the scale stays as it is, x_ref and Δ are freed, and from here on a step is the base
+        optimizer's own, at group lr × scale. One sync; no way back.
+
+        Gradients that are not finite are the base's own concern again, and bfloat16 and float16 parameters lose their
+        float32 masters. Schedules go on, checkpoints say that they are frozen, and so is who loads one. On a Mechanic
+        that has not stepped yet it only prepares for such a checkpoint, as ``torch.distributed.checkpoint`` needs it.
+
+        Raises:
+            ValueError: steps were taken, and no scale was learned in them; a param group has no lr.
+        """
+        self._adopt()
+        if any("lr" not in group for group in self.param_groups):
+            raise ValueError(f"a param group of {type(self.base_optimizer).__name__} has no lr to carry the scale")
+        if self._calls > 0 and not any(self._scales()):
+            raise ValueError(f"no scale has been learned in {self._calls} step(s): train on, and freeze later")
+        self._frozen = True
+        for p, values in list(self.state.items()):
+            values.pop(REF, None), values.pop(DELTA, None)
+            if not values:
+                del self.state[p]  # as the base would have it
+        self._settle()
+
     # ------------------------------------------------------------------ what the user reads
 
     @property
@@ -432,8 +473,14 @@ class Mechanic(Optimizer):
 
     def effective_lr(self) -> list[float]:
         """The lr that each param group trains at: its current lr times the scale. One sync."""
-        scales = self.scale.expand(len(self.param_groups)).tolist()
-        return [float(group.get("lr", 1.0)) * scale for group, scale in zip(self.param_groups, scales, strict=True)]
+        return [
+            float(group.get("lr", 1.0)) * scale for group, scale in zip(self.param_groups, self._scales(), strict=True)
+        ]
+
+    def _scales(self) -> list[float]:
+        """The scale of each param group; one sync."""
+        scales: list[float] = self.scale.expand(len(self.param_groups)).tolist()
+        return scales
 
     @property
     def skipped(self) -> Tensor:
@@ -559,7 +606,7 @@ class Mechanic(Optimizer):
             lines.append(f"Parameter Group {i}")
             hidden = ("params", *(key for key in group if key.startswith("mechanic_")))
             lines.extend(f"    {key}: {group[key]}" for key in sorted(group.keys() - hidden))
-        return "\n".join([*lines, f"{self._options})"])
+        return "\n".join([*lines, f"{self._options}{', frozen' if self._frozen else ''})"])
 
     # ------------------------------------------------------------------ set-up
 
@@ -570,7 +617,7 @@ class Mechanic(Optimizer):
             group.pop("mechanic_state", None)
             group.pop("mechanic_step", None)
         self._clothe(self.param_groups)
-        self._calls = 0
+        self._calls, self._frozen = 0, False
         self._settle()
         if not self._lazy:
             for p in [p for p, values in self.state.items() if values]:
@@ -590,6 +637,7 @@ class Mechanic(Optimizer):
             group["mechanic_state"] = self._fresh_state() if shared is None else shared
             group["mechanic_step"] = torch.zeros((), device=self._device) if step is None else step
 
+    @disable_dynamo
     def _adopt(self) -> None:
         """Take in the groups that the wrapper does not know: added, or loaded behind its back."""
         bare = [group for group in self.param_groups if "mechanic_state" not in group]
@@ -605,14 +653,20 @@ class Mechanic(Optimizer):
             )
             self._start_afresh()
         elif bare:
+            if self._frozen and self._options.per_group:
+                raise ValueError("a frozen Mechanic learns no scale for a new param group: add it before freeze()")
             self._clothe(bare)
             self._settle()
 
     def _settle(self) -> None:
-        """What follows from the options and the unit: the β on the device, and the groups' own record."""
+        """What follows from options, unit and groups: the β on the device, the base's lr, the groups' own record."""
         self._carried = {}  # what our own last step left of x: nothing, for these groups
         self._plan = None
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
+        if self._frozen:
+            self._divisors = [1 / scale if scale > 0 else math.inf for scale in self._scales()]
+        else:
+            self._divisors = [self._unit or 1.0] * len(self.param_groups)
         checkpoint.record(self)
 
     def _fresh_state(self) -> Tensor:
