@@ -13,7 +13,7 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"  # one torch for all: an open range may fetch gigabytes of CUDA
 TESTS = ("pytest", "pytest-cov", "pytest-xdist", "hypothesis")
-EXTRAS = ("ninja", "matplotlib", "numpy", "triton; sys_platform == 'linux'")  # what some of the tests need
+EXTRAS = ("ninja", "matplotlib", "numpy", "tqdm", "triton; sys_platform == 'linux'")  # what some of the tests need
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -120,6 +120,19 @@ def bench(session: nox.Session) -> None:
         script = str(ROOT / "docs" / "benchmarks" / f"{name}.py")
         session.run("python", script, *json, *(few if "quick" in session.posargs else []))
     session.run("python", str(ROOT / "docs" / "benchmarks" / "report.py"), str(out))
+
+
+@nox.session
+def quality(session: nox.Session) -> None:
+    """How far from the best hand-tuned lr, beside the peers: tables and a figure in out/quality. It takes hours, and
+    goes on where it was killed.
+
+    `nox -s quality -- --quick` takes minutes, and fails where loose bounds do not hold.
+    """
+    peers = ("mechanic-pytorch", "prodigyopt", "schedulefree", "optax", "dadaptation", "dog-optimizer")
+    install(session, ".[demo]", "numpy", "scikit-learn", *(() if "--quick" in session.posargs else peers))
+    out = ROOT / "out" / "quality"
+    session.run("python", str(ROOT / "docs" / "benchmarks" / "quality.py"), "--out", str(out), *session.posargs)
 
 
 @nox.session

@@ -36,36 +36,76 @@ def mechanic(
 ) -> Iterator[tuple[Vector, float]]:
     """Yields x and Σ s after every step.
 
-    "paper": Algorithm 1. "scale_free": the same with λ relative to ‖x - x_ref‖/‖x‖, the start relative to
-    ‖x_ref‖ over the size of an update, and no ε.
+    "paper": Algorithm 1. "scale_free": docs/algorithm.md.
     """
+    if variant == "scale_free":
+        yield from scale_free(x, gradient, base, schedule, steps, betas=betas, s_decay=s_decay, s_init=s_init)
+        return
     n, ref = len(betas), list(x)
     delta = [0.0] * len(x)
     m, v, r, s = [0.0] * n, [0.0] * n, [0.0] * n, [0.0] * n
-    last, largest = 0.0, 0.0  # ‖Δ‖ of the step before; the largest change of it so far
+    bet = 1e-8 if s_init is None else s_init
     for t in range(steps):
         g = gradient(x, t)
         total = math.fsum(s)
-        if variant == "paper":
-            bet, guard = 1e-8 if s_init is None else s_init, eps
-            weight = total
-        else:
-            largest = max(largest, abs(norm(delta) - last))
-            last = norm(delta)
-            relative = 1e-4 * (1 + norm(ref)) / largest if largest else 0.0
-            bet, guard = relative if s_init is None else s_init, 0.0
-            weight = total * norm(delta) / norm(x)
-        h = dot(delta, [gi + s_decay * weight * norm(g) / norm(x) * xi for gi, xi in zip(g, x, strict=True)])
+        h = dot(delta, [gi + s_decay * total * norm(g) / norm(x) * xi for gi, xi in zip(g, x, strict=True)])
         u = base(x, g, schedule(t))
         for i, beta in enumerate(betas):
             m[i] = max(beta * m[i], abs(h))
             v[i] = beta**2 * v[i] + h**2
             r[i] = max(0.0, beta * r[i] - s[i] * h)
             wealth = bet / n * m[i] + r[i]
-            bottom = math.sqrt(v[i]) + guard
-            s[i] = wealth / bottom if bottom else 0.0
+            s[i] = wealth / (math.sqrt(v[i]) + eps)
         delta = [d + ui for d, ui in zip(delta, u, strict=True)]
         total = math.fsum(s)
+        x = [xr + total * d for xr, d in zip(ref, delta, strict=True)]
+        yield x, total
+
+
+def scale_free(
+    x: Vector,
+    gradient: Callable[[Vector, int], Vector],
+    base: Update,
+    schedule: Callable[[int], float],
+    steps: int,
+    *,
+    betas: tuple[float, ...],
+    s_decay: float,
+    s_init: float | None,
+) -> Iterator[tuple[Vector, float]]:
+    """The equations of docs/algorithm.md."""
+    n, origin = len(betas), norm(x)
+    delta, kept = [0.0] * len(x), 0.0  # Δ; how much of ‖Δ‖ was there before the last update
+    m, v = [0.0] * n, [0.0] * n
+    total, size, largest, fade = 0.0, 0.0, 0.0, 1.0  # S; the mean ‖g‖; the largest update; the last fade
+    for t in range(steps):
+        g = gradient(x, t)
+        largest = max(largest, abs(norm(delta) / fade - kept))
+        start = 1e-4 * (1 + origin) / largest if largest else 0.0
+        first = start if s_init is None else s_init
+        far = total * norm(delta) / norm(x)
+        h = dot(delta, [gi + s_decay * far * norm(g) / norm(x) * xi for gi, xi in zip(g, x, strict=True)])
+        size = size or norm(g)
+        h /= size
+        size += 2 / (t + 2) * (min(norm(g), 2 * size) - size)
+        usual = min(abs(h), 2 * max(m)) if any(m) else abs(h)
+        step = 0.0
+        for i, beta in enumerate(betas):
+            then = math.sqrt(v[i] + 4 * m[i] ** 2)
+            m[i] = max(beta * m[i], usual)
+            v[i] = beta**2 * v[i] + usual**2
+            now = math.sqrt(v[i] + 4 * m[i] ** 2)
+            if now:
+                step += usual / now / n if h < 0 else -h / (then or now) / n
+        before, total = total, max((total or first) * math.exp(max(step, -5)), min(start, first))
+        ratio = total / before if before else 0.0
+        keep = min(ratio / 0.9, 1) / ratio if ratio else 0.0
+        fade = (t + 2) / (t + 3)
+        u = base(x, g, schedule(t))
+        kept = keep * norm(delta)
+        whole = [keep * d + ui for d, ui in zip(delta, u, strict=True)]
+        ref = [xi - before * d + total * (1 - fade) * w for xi, d, w in zip(x, delta, whole, strict=True)]
+        delta = [fade * w for w in whole]
         x = [xr + total * d for xr, d in zip(ref, delta, strict=True)]
         yield x, total
 

@@ -360,7 +360,7 @@ def test_what_was_left_of_one_parameter_says_nothing_of_its_twin() -> None:
     """Equal x and Δ, but x_ref of the twin, which sat out while S changed, must give way."""
     one, twin = (slot(10, ref=torch.zeros(10)) for _ in range(2))
     scale = torch.ones(1, dtype=torch.float64)
-    _, carried = sweeps.move(sweeps.grouped([one]), scale, scale, None, {})
+    _, carried = sweeps.move(sweeps.grouped([one]), sweeps.still(scale), None, {})
     twin.param.data.copy_(one.param)
     twin.delta.copy_(one.delta)
     refs = one.ref.clone(), twin.ref.clone()

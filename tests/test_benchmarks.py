@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import math
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import contenders
 import memory
 import pytest
+import quality
 import sums
 import torch
 from checkpoint_bytes import measure
@@ -69,3 +74,51 @@ def test_the_report_is_made_of_what_was_written(tmp_path: Path) -> None:
     assert text.count("| 2.00 | 2.00 |") == len(names)
     report.chart(results, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------- quality
+
+
+def row(contender: str, lr: float, seed: int, final: float, initial: float = 5.0) -> dict[str, Any]:
+    run = quality.Run("logreg", "SGD", "constant", contender, lr, seed, 10)
+    return {**asdict(run), "initial": initial, "final": final, "train": 1.0}
+
+
+def test_excess_goes_by_seed_and_by_the_lr_that_other_seeds_have_chosen(tmp_path: Path) -> None:
+    choice = {0.1: (2.0, 2.0, 2.0), 1.0: (1.0, 1.5, 1.2), 10.0: (0.1, math.inf, 9.0)}  # the last is worse than nothing
+    rows = [row("tuned", lr, seed, final) for lr, found in choice.items() for seed, final in enumerate(found)]
+    (best,) = quality.winners(rows).values()
+    assert best.lr == 1.0
+    rows += [row("tuned", 1.0, 3, 1.0), row("tuned", 1.0, 4, 2.0), row("tuned", 10.0, 3, 0.1)]
+    rows += [row("manic", 1e-8, 3, 1.4), row("manic", 1e-8, 4, 2.6), row("manic", 100.0, 3, math.inf)]
+    found = quality.excess(rows)
+    ((few,), (broken,)) = found["manic", 1e-8].values(), found["manic", 100.0].values()
+    assert few == pytest.approx([0.1, 0.2])
+    assert broken == [1.0]
+    assert quality.spread(found, "manic") == pytest.approx(0.9)
+    assert "| manic | 1e-08 | 1 | 0.150 | 0.150 | 0.150 |" in quality.table(found)
+
+
+def test_a_csv_that_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
+    path, rows = tmp_path / "runs.csv", [row("tuned", 0.1, seed, 2.0) for seed in range(3)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    assert quality.read(path) == rows
+    path.write_text(path.read_text()[:-2])
+    assert quality.read(path) == rows[:2]
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, rows[0].keys()).writerow(rows[2])
+    assert quality.read(path) == rows
+
+
+def test_lion_by_hand() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    lion, m, x = quality.Lion([p], lr=0.1), torch.zeros(2), p.detach().clone()
+    for g in torch.tensor([[1.0, -3.0], [-20.0, 1.0]]):
+        p.grad = g.clone()
+        lion.step()
+        x -= 0.1 * (0.9 * m + 0.1 * g).sign()
+        m = 0.99 * m + 0.01 * g
+    torch.testing.assert_close(p.detach(), x)

@@ -84,7 +84,8 @@ def a_slot(values: Tensor, dtype: torch.dtype, device: torch.device, scale: floa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_step_of_every_shape_is_the_eager_one(below: tuple[Kernels, torch.device], dtype: torch.dtype) -> None:
     k, device = below
-    here, there = (torch.full((1,), s, dtype=torch.float64, device=device) for s in (0.3, 0.7))
+    motion = torch.tensor([[0.3, 0.7, 0.8, 0.75]], dtype=torch.float64, device=device)
+    here, there = motion[:, 0], motion[:, 1]
     ends = []
     for which in (k, None):
         slots = [a_slot(t, dtype, device, 0.3) for t in shapes(k.piece)]
@@ -92,10 +93,10 @@ def test_one_step_of_every_shape_is_the_eager_one(below: tuple[Kernels, torch.de
         assert [group.kernels for group in groups] == [which] * len(groups)
         carried: sweeps.Carried = {}
         sums = [sweeps.measure(groups, here, carried)[0]]
-        refs = [slot.ref.clone() for slot in slots]
         for i, slot in enumerate(slots):
             slot.param.data += 0.01 * torch.randn(slot.param.shape).to(slot.param) * (i + 1)
-        _, carried = sweeps.move(groups, here, there, None, carried)
+        _, carried = sweeps.move(groups, motion, None, carried)
+        refs = [slot.ref.clone() for slot in slots]
         sums.append(sweeps.measure(groups, there, carried)[0])
         assert all(map(torch.equal, refs, [slot.ref for slot in slots])), "nobody edited anything"
         ends.append((slots, sums))
@@ -136,7 +137,8 @@ def test_a_run_is_the_oracles(
     with using(below[0]):
         parameters_gap, scale_gap = run_both(problem, base, dtype, True, unit=0.1, variant="scale_free")
     assert parameters_gap < tolerance
-    assert scale_gap < tolerance * 10
+    # At the end of a cosine nothing pulls S any more, and rounding moves it: eagerly by 3e-4, and 2e-11 in float64.
+    assert scale_gap < (1e-10 if dtype == torch.float64 else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,10 +151,11 @@ def test_the_smallest_edit_of_one_element_is_seen_in_its_piece(
     one = a_slot(torch.randn(2 * k.piece + 33), dtype, device, 0.5)
     assert one.delta is not None
     one.ref[-1], one.delta[-1] = 0, 2 * one.param[-1].detach()  # so that x_ref can hold the last digit of x
-    scale = torch.full((), 0.5, dtype=one.ref.dtype, device=device)
+    motion = torch.tensor([0.5, 0.5, 1, 1], dtype=one.ref.dtype, device=device)
+    scale = motion[0]
     memory = Memory([one], k.piece)
     k.measure([one], scale, memory)
-    k.move([one], scale, scale, None, memory)
+    k.move([one], motion, None, memory)
     memory.known = True
     before = one.ref.clone()
     one.ref[5] += 100  # x does not stand where it should, but nobody edited x: nobody looks
@@ -177,17 +180,17 @@ def test_an_update_that_is_not_finite_stays_out_and_a_step_that_does_not_count_i
     torch.manual_seed(0)
     one = a_slot(torch.randn(3000), torch.float32, device, 0.5)
     assert one.delta is not None
-    scale = torch.full((), 0.5, device=device)
+    motion = torch.tensor([0.5, 0.5, 1, 1], device=device)
     memory = Memory([one], k.piece)
-    k.measure([one], scale, memory)
-    k.move([one], scale, scale, None, memory)
+    k.measure([one], motion[0], memory)
+    k.move([one], motion, None, memory)
     before = [t.detach().clone() for t in (one.param, one.delta)]
     one.param.data += 1
-    k.move([one], scale, scale, torch.zeros((), dtype=torch.bool, device=device), memory)
+    k.move([one], motion, torch.zeros((), dtype=torch.bool, device=device), memory)
     assert all(map(torch.equal, before, (one.param, one.delta)))
     one.param.data += 1
     one.param.data[7], one.param.data[8] = math.nan, math.inf
-    k.move([one], scale, scale, torch.ones((), dtype=torch.bool, device=device), memory)
+    k.move([one], motion, torch.ones((), dtype=torch.bool, device=device), memory)
     kept = torch.zeros(3000, dtype=torch.bool, device=device)
     kept[7:9] = True
     torch.testing.assert_close(one.delta, torch.where(kept, before[1], before[1] + 1))
@@ -363,7 +366,7 @@ for dtype, (X, W, BITS) in k.TYPES.items():
     w = "*fp64" if dtype == torch.float64 else "*fp32"
     types, common = {"X": X, "W": W}, {"BITS": BITS, "ALIGNED": True, "BLOCK": k.BLOCK}
     measure = {"table": "*i64", "scale": w, "left": "*i64", "sums": "*fp64"}
-    move = {"table": "*i64", "before": w, "after": w, "ok": "*i1", "left": "*i64"}
+    move = {"table": "*i64", "motion": w, "ok": "*i1", "left": "*i64"}
     jobs = [
         (k._measure, measure, {**types, **common, "KNOWN": True}),
         (k._measure, measure, {**types, **common, "KNOWN": False}),

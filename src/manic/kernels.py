@@ -82,8 +82,9 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def move(self, slots: Sequence[Slot], before: Tensor, after: Tensor, ok: Tensor | None, memory: Memory) -> None:
-        """Δ += u, x = x_ref + S·Δ; takes down the marks. `ok`: 0-d bool on the device, False undoes the step."""
+    def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
+        """As :func:`manic.sweeps.move`; takes down the marks. `motion`: [4], S_t, S_{t+1}, keep and fade, in the dtype
+        of x_ref and on its device. `ok`: 0-d bool there, False: updates do not count."""
 
     def discard(self, slots: Sequence[Slot], ok: Tensor, memory: Memory) -> None:
         """The gradients become 0 unless `ok`, 0-d bool on their device."""
@@ -113,9 +114,9 @@ class Native(Kernels):
         self._call("measure", slots, memory, memory.table(slots, with_grad=True), scale, left, sums)
         return sums
 
-    def move(self, slots: Sequence[Slot], before: Tensor, after: Tensor, ok: Tensor | None, memory: Memory) -> None:
+    def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
         table = memory.table(slots, with_grad=False)
-        self._call("move", slots, memory, table, before, after, ok, memory.marks)
+        self._call("move", slots, memory, table, motion, ok, memory.marks)
 
     def _call(self, sweep: str, slots: Sequence[Slot], memory: Memory, table: Tensor, *others: Tensor | None) -> None:
         function = getattr(self._library, f"{sweep}_{str(slots[0].param.dtype).removeprefix('torch.')}")
@@ -178,16 +179,18 @@ def _works(kernels: Kernels, device: torch.device) -> bool:
     delta_now = delta.clone()
     slot = Slot(x.clone(), x.clone(), 1.0, 0, x - delta / 2, delta_now)
     memory = Memory([slot], kernels.piece)
-    scale, true = torch.full((), 0.5, device=device), torch.ones((), dtype=torch.bool, device=device)
-    sums = kernels.measure([slot], scale, memory).sum(0)
+    true = torch.ones((), dtype=torch.bool, device=device)
+    motion = torch.tensor([0.5, 1.0, 0.5, 0.75], device=device)
+    sums = kernels.measure([slot], motion[0], memory).sum(0)
     kernels.discard([slot], true, memory)
     slot.param += update
-    kernels.move([slot], scale, 2 * scale, true, memory)
+    kernels.move([slot], motion, true, memory)
     products = (delta, x), (delta, x), (x, x), (x, x), (delta, delta)
     pairs = [
         (sums, torch.stack([(a * b).double().sum() for a, b in products])),
-        (delta_now, delta + update),
-        (slot.param, x + delta / 2 + update),
+        (delta_now, 0.75 * (delta / 2 + update)),
+        (slot.param, x + update),
+        (slot.ref, x - delta / 2 + (delta / 2 + update) / 4),
     ]
     return all(bool((a - b).abs().max() < 1e-5 * b.abs().max()) for a, b in pairs)
 

@@ -19,7 +19,7 @@ from manic import checkpoint
 from manic.kernels import Kernels, compiled_tune, kernels_for, native
 from manic.reduction import over_group, over_mesh
 from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, shards, signature, slots, wide
-from manic.sweeps import GRAD_SQ, NUMEL, Carried, Group, discard, grouped, hold, measure, move
+from manic.sweeps import GRAD_SQ, NUMEL, Carried, Group, discard, grouped, hold, measure, move, still
 from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
 
 if TYPE_CHECKING:
@@ -54,9 +54,12 @@ class Mechanic(Optimizer):
             Δ_{t+1} = Δ_t + u_t
             x_{t+1} = x_ref + (Σ s_{t+1})·Δ_{t+1}
 
+    That is ``variant="paper"``. The default, ``"scale_free"``, takes the same sums and the same two tensors and
+    needs no lr at all: its equations are in docs/algorithm.md.
+
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
-    ``mechanic_state`` (float64 [4n + 8], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
+    ``mechanic_state`` (float64 [4n + 12], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
     ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple); in ``state[p]``, from p's first step on,
     ``mechanic_ref`` and ``mechanic_delta`` (shape of p, float32 or better).
 
@@ -64,8 +67,8 @@ class Mechanic(Optimizer):
         base_optimizer: an optimizer that is already built, on any lr.
         scheduler: an LR scheduler built on `base_optimizer`. It is stepped once per :meth:`step`; do not
             step it yourself. A scheduler that you step yourself may be built on either optimizer instead.
-        variant: ``"scale_free"`` gives the same run at every base lr: the base works at lr / base lr, and
-            λ and the start are relative. ``"paper"`` is Algorithm 1 to the letter.
+        variant: ``"scale_free"`` gives the same run at every base lr: the base works at lr / base lr, and the log
+            of the scale follows the sign and the relative size of h. ``"paper"`` is Algorithm 1 to the letter.
         betas: decay of each of the n accumulators, in [0, 1].
         s_decay: λ, >= 0.
         s_init: the first scale, > 0. None: 1e-8 (``"paper"``), or the scale whose first step moves x by
@@ -177,10 +180,10 @@ class Mechanic(Optimizer):
         if _known_false(ok):
             self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
         else:
-            after = torch.stack([new.scale for new in tuners])  # S_{t+1}
+            motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
             self._propose(active, closure, before, ok)  # x_t + u_t
-            update_sq = self._move(active, before, after, ok)  # Δ += u_t, x = x_ref + S·Δ
-            hold(idle, before, after)
+            update_sq = self._move(active, motion, ok)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
+            hold(idle, before, motion[:, 1])
             self._store(taking)
             self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
             self._step_schedule()
@@ -291,13 +294,13 @@ class Mechanic(Optimizer):
         return over_group(total, self.process_group)
 
     @disable_dynamo
-    def _move(self, active: Active, before: Tensor, after: Tensor, ok: Tensor) -> Tensor:
+    def _move(self, active: Active, motion: Tensor, ok: Tensor) -> Tensor:
         """The second pass; returns ‖u_t‖² over this process's share of the parameters, [k]."""
         layouts = list(active)
-        update_sq = torch.zeros_like(after)
+        update_sq = motion.new_zeros(len(motion))
         carries: Carried = {}
         for layout, mine in active.items():
-            part, left = move(mine, before, after, None if _on_host(ok) else ok, self._carried)
+            part, left = move(mine, motion, None if _on_host(ok) else ok, self._carried)
             carries |= left
             # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
             update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
@@ -315,7 +318,7 @@ class Mechanic(Optimizer):
 
     def _read(self, field: str) -> Tensor:
         """A 0-d field of every learned scale, [k]; a copy."""
-        return torch.stack([getattr(tuner, field) for tuner in self._tuners()])
+        return _field(self._tuners(), field)
 
     def _tune(self, sums: Tensor) -> tuple[list[Tuner], Tensor]:
         """The scalar half of the step: the new state of every learned scale, not yet stored, and whether the
@@ -341,7 +344,7 @@ class Mechanic(Optimizer):
             self._step_base(closure)
         except BaseException:
             for mine in active.values():
-                move(mine, before, before, torch.zeros_like(ok), self._carried)
+                move(mine, still(before), torch.zeros_like(ok), self._carried)
             raise
 
     def _step_base(self, closure: Callable[[], Any] | None) -> None:
@@ -734,6 +737,10 @@ def _evaluate(closure: Callable[[], Any] | None) -> tuple[Any, Callable[[], Any]
     loss = evaluate()
     first = [loss]
     return loss, lambda: first.pop() if first else evaluate()
+
+
+def _field(tuners: list[Tuner], name: str) -> Tensor:
+    return torch.stack([getattr(tuner, name) for tuner in tuners])
 
 
 def _on_host(ok: Tensor) -> bool:

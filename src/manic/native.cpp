@@ -123,21 +123,30 @@ void anchor(const Piece<X, W>& p, W scale) {
     }
 }
 
+// S_t, S_{t+1}, and what is kept of Δ before u is added, and after.
+template <class W>
+struct Motion {
+    W before, after, keep, fade;
+};
+
 template <class X, class W>
-Mark move(const Piece<X, W>& p, W before, W after, bool counts) {
+Mark move(const Piece<X, W>& p, const Motion<W> by, bool counts) {
     X* __restrict x = p.x;
-    const W* __restrict ref = p.ref;
+    W* __restrict ref = p.ref;
     W* __restrict delta = p.delta;
     const W largest = counts ? std::numeric_limits<W>::max() : W(-1);  // an update beyond it does not count
+    const W follow = by.after * (1 - by.fade);
     double delta_x = 0;
     uint64_t bits = 0;
     for (int64_t lap = 0; lap < p.count; lap += LAP) {
         W dx[LANES] = {};
         decltype(bits_of(X())) b[LANES] = {};
         by_lanes(lap, p.count < lap + LAP ? p.count : lap + LAP, [&](int64_t k, int j) {
-            const W u = wide(x[k]) - wide(at<X>(ref[k], delta[k], before));
-            const W d = delta[k] + (std::fabs(u) <= largest ? u : W(0));
-            const X moved = at<X>(ref[k], d, after);
+            const W u = wide(x[k]) - wide(at<X>(ref[k], delta[k], by.before));
+            const W whole = delta[k] * by.keep + (std::fabs(u) <= largest ? u : W(0));
+            const W r = std::fma(whole, follow, ref[k]), d = whole * by.fade;
+            const X moved = at<X>(r, d, by.after);
+            ref[k] = r;
             delta[k] = d;
             x[k] = moved;
             dx[j] += d * wide(moved);
@@ -166,10 +175,11 @@ void measure_all(int64_t pieces, const int64_t* table, W scale, const Mark* left
 }
 
 template <class X, class W>
-void move_all(int64_t pieces, const int64_t* table, W before, W after, const bool* ok, Mark* left, int threads) {
+void move_all(int64_t pieces, const int64_t* table, const W* by, const bool* ok, Mark* left, int threads) {
+    const Motion<W> motion = {by[0], by[1], by[2], by[3]};
     const bool counts = ok == nullptr || *ok;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < pieces; ++i) left[i] = move(piece<X, W>(table, i), before, after, counts);
+    for (int64_t i = 0; i < pieces; ++i) left[i] = move(piece<X, W>(table, i), motion, counts);
 }
 
 }  // namespace
@@ -180,9 +190,9 @@ void move_all(int64_t pieces, const int64_t* table, W before, W after, const boo
                                    double* sums, int threads) {                                                    \
         measure_all<X, W>(pieces, table, *scale, static_cast<const Mark*>(left), sums, threads);                   \
     }                                                                                                              \
-    extern "C" void move_##NAME(int64_t pieces, const int64_t* table, const W* before, const W* after,             \
-                                const bool* ok, void* left, int threads) {                                         \
-        move_all<X, W>(pieces, table, *before, *after, ok, static_cast<Mark*>(left), threads);                     \
+    extern "C" void move_##NAME(int64_t pieces, const int64_t* table, const W* motion, const bool* ok, void* left, \
+                                int threads) {                                                                     \
+        move_all<X, W>(pieces, table, motion, ok, static_cast<Mark*>(left), threads);                              \
     }
 
 SWEEPS(float32, float, float)

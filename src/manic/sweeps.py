@@ -1,4 +1,4 @@
-"""The two passes over memory: measure (the sums that h needs) and move (Δ += u, x = x_ref + S·Δ).
+"""The two passes over memory: measure (the sums that h needs) and move (Δ takes in u, x = x_ref + S·Δ).
 
 Both go through the elements in cache-sized pieces: stretches of a large tensor, or small tensors end to end, so that
 there is more to do about a piece than to say. A piece is worked on in the dtype of x_ref (float32, or float64 for
@@ -63,7 +63,7 @@ class Run(NamedTuple):
         return self.slots[0].index, ref.device, ref.dtype.to_real()
 
     def scale(self, scales: Tensor) -> Tensor:
-        """The learned scale of these elements, 0-d, as they want it."""
+        """What is given for every learned scale, [k, …], for that of these elements, as they want it."""
         return _as_wanted(scales, self.slots[0])
 
     def put(self, name: str, values: Tensor, place: Tensor) -> None:
@@ -203,16 +203,21 @@ def _anchor(groups: Sequence[list[Slot]], scales: Tensor) -> None:
 
 
 @disable_dynamo
-def move(
-    groups: Sequence[Group], before: Tensor, after: Tensor, ok: Tensor | None, carried: Carried
-) -> tuple[Tensor, Carried]:
-    """One pass over x, Δ and x_ref after the base step: Δ_{t+1} = Δ_t + u_t, x_{t+1} = x_ref + S_{t+1}·Δ_{t+1}.
+def move(groups: Sequence[Group], motion: Tensor, ok: Tensor | None, carried: Carried) -> tuple[Tensor, Carried]:
+    """One pass over x, Δ and x_ref after the base step.
+
+    .. code-block:: text
+
+        d       = keep·Δ_t + u_t
+        Δ_{t+1} = fade·d
+        x_ref  += S_{t+1}·(1 - fade)·d
+        x_{t+1} = x_ref + S_{t+1}·Δ_{t+1}          keep = fade = 1: Algorithm 1
 
     What the base did is read off the parameters: u_t = x - x_t, and x_t is where the last :func:`move` put it.
 
     Args:
         groups: the parameters with a gradient, as :func:`measure` left them.
-        before, after: [k], S_t and S_{t+1} of each learned scale.
+        motion: [k, 4], S_t, S_{t+1}, keep and fade of each learned scale.
         ok: 0-d bool. False undoes the step: Δ and x become what they were. None: known to be true.
         carried: what :func:`measure` was given.
 
@@ -220,63 +225,78 @@ def move(
         [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next :func:`measure` is to find.
     """
     if ok is not None:
-        after = torch.where(ok, after, before)
+        motion = torch.where(ok, motion, still(motion[:, 0]))
     carries: Carried = {}
     for group in groups:
         if group.kernels is not None:
             memory = _memory(group, carried)
-            here, there = (_as_wanted(scales, group.slots[0]) for scales in (before, after))
-            group.kernels.move(group.slots, here, there, None if ok is None else ok.to(here.device), memory)
+            by = _as_wanted(motion, group.slots[0])
+            group.kernels.move(group.slots, by, None if ok is None else ok.to(by.device), memory)
             memory.known = True
             carries[group.identity] = memory
     eager = [group.slots for group in groups if group.kernels is None]
-    update_sq, left = _move_eagerly(eager, before, after, ok)
+    update_sq, left = _move_eagerly(eager, motion, ok)
     carries[_identity([slot for slots in eager for slot in slots])] = left
     return update_sq, carries
 
 
+def still(scales: Tensor) -> Tensor:
+    """The motion that leaves everything where it is: [k, 4] for scales [k]."""
+    ones = torch.ones_like(scales)
+    return torch.stack([scales, scales, ones, ones], 1)
+
+
 def _move_eagerly(
-    groups: Sequence[list[Slot]], before: Tensor, after: Tensor, ok: Tensor | None
+    groups: Sequence[list[Slot]], motion: Tensor, ok: Tensor | None
 ) -> tuple[Tensor, dict[Key, list[Tensor]]]:
-    update_sq = torch.zeros_like(after)
+    update_sq = motion.new_zeros(len(motion))
     left: dict[Key, list[Tensor]] = {}
     for run in _runs(groups, "ref", "delta"):
-        here, there = run.scale(before), run.scale(after)
-        counts = None if ok is None else ok.to(here.device)
+        by = run.scale(motion)
+        counts = None if ok is None else ok.to(by.device)
         if run.slots[0].delta is None:
-            update_sq[run.slots[0].index] += _move_recomputed(run, here, there, counts).to(update_sq)
+            update_sq[run.slots[0].index] += _move_recomputed(run, by, counts).to(update_sq)
         else:
-            _move(run, here, there, counts, left.setdefault(run.key, []))
+            _move(run, by, counts, left.setdefault(run.key, []))
     return update_sq, left
 
 
-def _move(run: Run, here: Tensor, there: Tensor, counts: Tensor | None, left: list[Tensor]) -> None:
+def _move(run: Run, motion: Tensor, counts: Tensor | None, left: list[Tensor]) -> None:
     """Piece after piece; to `left` is added what tells where x now is."""
+    here, there, keep, fade = motion
+    follow = there * (1 - fade)
     scratch = None
     for x, _, ref, delta, _ in run.pieces:
         if scratch is None or scratch.shape != ref.shape:
             scratch = torch.empty_like(ref)
         torch.addcmul(ref, delta, here, out=scratch)  # x_t
         if x.dtype == ref.dtype:
-            new = x
             torch.sub(x, scratch, out=scratch)
-            delta.add_(_finite(scratch, counts))
-            torch.addcmul(ref, delta, there, out=new)
         else:
-            delta.add_(_finite(x.to(ref.dtype) - scratch.to(x.dtype).to(ref.dtype), counts))
+            scratch = x.to(ref.dtype) - scratch.to(x.dtype).to(ref.dtype)
+        delta.mul_(keep).add_(_finite(scratch, counts))
+        ref.addcmul_(delta, follow)
+        delta.mul_(fade)
+        if x.dtype == ref.dtype:
+            new = torch.addcmul(ref, delta, there, out=x)
+        else:
             new = torch.addcmul(ref, delta, there).to(x.dtype)
         run.put("param", new, x)
+        run.put("ref", ref, ref)
         run.put("delta", delta, delta)
         if new.device.type == "cpu":
             left += _checksums(_dot(delta, new.to(ref.dtype)), new)
 
 
-def _move_recomputed(run: Run, here: Tensor, there: Tensor, counts: Tensor | None) -> Tensor:
+def _move_recomputed(run: Run, motion: Tensor, counts: Tensor | None) -> Tensor:
     """The same where Δ is not stored: ‖u_t‖²."""
+    here, there, keep, fade = motion
     update_sq = torch.zeros_like(here)
     for x, _, ref, _, before in run.pieces:
         update = _finite(x - before, counts)
-        new = torch.addcmul(ref, _recomputed(before, ref, here) + update, there)
+        delta = _recomputed(before, ref, here).mul_(keep).add_(update)
+        ref.addcmul_(delta, there * (1 - fade))
+        new = torch.addcmul(ref, delta.mul_(fade), there)
         x.copy_(new if counts is None else torch.where(counts, new, before))
         update_sq += _dot(update, update)
     return update_sq
@@ -388,7 +408,7 @@ def _identity(slots: Sequence[Slot]) -> Identity:
 
 
 def _as_wanted(scales: Tensor, slot: Slot) -> Tensor:
-    """The learned scale of a parameter, 0-d, in the dtype and on the device of its x_ref."""
+    """Of [k, …] for every learned scale that of a parameter, in the dtype and on the device of its x_ref."""
     return scales[slot.index].to(device=slot.ref.device, dtype=slot.ref.dtype.to_real())
 
 

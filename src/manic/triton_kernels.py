@@ -111,14 +111,17 @@ def _measure(
 
 @triton.jit
 def _advance(
-    x, ref, delta, at, inside, here, there, counts, X: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    x, ref, delta, at, inside, here, there, keep, fade, counts, X: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     LARGEST: tl.constexpr,
 ):  # fmt: skip
     d = tl.load(delta + at, mask=inside, other=0.0)
     r = tl.load(ref + at, mask=inside, other=0.0)
     update = tl.load(x + at, mask=inside, other=0.0).to(W) - _at(r, d, here, X).to(W)
-    d += tl.where(counts & (tl.abs(update) <= LARGEST), update, 0.0)
+    whole = d * keep + tl.where(counts & (tl.abs(update) <= LARGEST), update, 0.0)
+    r = tl.fma(whole, there * (1 - fade), r)
+    d = whole * fade
     moved = _at(r, d, there, X)
+    tl.store(ref + at, r, mask=inside)
     tl.store(delta + at, d, mask=inside)
     tl.store(x + at, moved, mask=inside)
     return d * moved.to(W), moved.to(BITS, bitcast=True)
@@ -126,12 +129,12 @@ def _advance(
 
 @triton.jit
 def _move(
-    table, before, after, ok, left, X: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
+    table, motion, ok, left, X: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, LARGEST: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Δ += u, x = x_ref + S·Δ; row i of `left`: the bits of ⟨Δ,x⟩ and the sum of the bits of x over piece i."""
+    """As `Kernels.move`; row i of `left`: the bits of ⟨Δ,x⟩ and the sum of the bits of x over piece i."""
     x, _, ref, delta, count, whole = _row(table, X, W, ALIGNED)
-    here, there = tl.load(before), tl.load(after)
+    here, there, keep, fade = tl.load(motion), tl.load(motion + 1), tl.load(motion + 2), tl.load(motion + 3)
     counts = True
     if ok is not None:
         counts = tl.load(ok) != 0
@@ -139,11 +142,11 @@ def _move(
     bits = tl.zeros([BLOCK], BITS)
     for start in range(0, whole, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        dx, b = _advance(x, ref, delta, at, at < whole, here, there, counts, X, W, BITS, LARGEST)
+        dx, b = _advance(x, ref, delta, at, at < whole, here, there, keep, fade, counts, X, W, BITS, LARGEST)
         delta_x += dx
         bits += b
     rest = whole + tl.arange(0, TAIL)
-    dx, b = _advance(x, ref, delta, rest, rest < count, here, there, counts, X, W, BITS, LARGEST)
+    dx, b = _advance(x, ref, delta, rest, rest < count, here, there, keep, fade, counts, X, W, BITS, LARGEST)
     piece = tl.program_id(0).to(tl.int64)
     found = (tl.sum(delta_x) + tl.sum(dx)).to(tl.float64)
     tl.store(left + 2 * piece, found.to(tl.int64, bitcast=True))
@@ -182,10 +185,10 @@ class Triton(Kernels):
         _launch(_measure, memory, table, scale, memory.marks, sums, memory.known, *types, memory.aligned, BLOCK)
         return sums
 
-    def move(self, slots: Sequence[Slot], before: Tensor, after: Tensor, ok: Tensor | None, memory: Memory) -> None:
+    def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
         table = _on_device(memory, memory.table(slots, with_grad=False))
         types, largest = TYPES[slots[0].param.dtype], torch.finfo(slots[0].ref.dtype).max
-        _launch(_move, memory, table, before, after, ok, memory.marks, *types, largest, memory.aligned, BLOCK)
+        _launch(_move, memory, table, motion, ok, memory.marks, *types, largest, memory.aligned, BLOCK)
 
     def discard(self, slots: Sequence[Slot], ok: Tensor, memory: Memory) -> None:
         table = _on_device(memory, memory.table(slots, with_grad=True))

@@ -15,7 +15,13 @@ from torch import Tensor
 
 DEFAULT_BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 PAPER_S_INIT = 1e-8
-RELATIVE_START = 1e-4  # first bet of "scale_free": this fraction of 1 + ‖x_ref‖, per update
+
+# "scale_free": all without a unit.
+RELATIVE_START = 1e-4  # the first update moves x by this fraction of 1 + ‖x_ref‖
+CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S grows by less than 1.6 in a step
+SURPRISE = 2.0  # |h| and ‖g‖ are remembered up to so many times the largest, or the mean, of before
+FALL = 5.0  # log S falls by no more in one step
+SLACK = 0.9  # a fall of S by no more than this factor in a step does not draw x back
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ class Tuner(NamedTuple):
 
     m: Tensor  # [n] running maximum of |h|
     v: Tensor  # [n] running sum of h²
-    r: Tensor  # [n] reward: what the bets have won so far, >= 0
-    s: Tensor  # [n] the scales; Σ s multiplies Δ
+    r: Tensor  # [n] reward: what the bets have won so far, >= 0; 0 in "scale_free"
+    s: Tensor  # [n] the scales; Σ s multiplies Δ; 0 in "scale_free"
     h: Tensor  # []  h of the last step that counted
     scale: Tensor  # []  S: parameters stand at x_ref + S·Δ
     delta_norm: Tensor  # []  ‖Δ‖ at the last step, over the elements that had a gradient
@@ -79,16 +85,20 @@ class Tuner(NamedTuple):
     update_norm: Tensor  # []  U, the largest change of ‖Δ‖ in one step so far: the size of an update
     ref_sq: Tensor  # []  ‖x_ref‖²
     skipped: Tensor  # []  steps skipped because a gradient was not finite
+    steps: Tensor  # []  steps that counted
+    grad_norm: Tensor  # []  mean of ‖g‖ over the steps, the later ones weighing more; "scale_free"
+    keep: Tensor  # []  what was kept of Δ before the last update was added: 1 in "paper"
+    fade: Tensor  # []  and after: 1 in "paper"
     update_sq: Tensor  # []  ‖u‖² of the last step over this process's parameters, where Δ is recomputed
 
     @staticmethod
     def size(n: int) -> int:
         """Elements of the flat form for n betas."""
-        return 4 * n + 8
+        return 4 * n + 12
 
     @staticmethod
     def unpack(flat: Tensor, n: int) -> Tuner:
-        """Views of a flat [4n + 8] tensor."""
+        """Views of a flat [4n + 12] tensor."""
         return Tuner(*flat[: 4 * n].view(4, n), *flat[4 * n :])
 
     def pack(self) -> Tensor:
@@ -108,40 +118,71 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
         options: variant, s_decay, s_init, eps, store_delta.
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
     """
-    n = betas.numel()
     delta_norm = torch.where(sums.delta_sq > 0, sums.delta_sq.sqrt(), old.delta_norm)
-    # Two norms are compared over the same elements, or (once) to know the size of an update at all. Where Δ is
-    # recomputed the first Δ is lost, S being 0 until that size is known: there ‖u‖ itself tells.
-    grown = torch.maximum(old.update_norm, (delta_norm - old.delta_norm).abs())
+    # ‖u‖ is at least this. Two norms are compared over the same elements, or (once) to know the size of an update at
+    # all. Where Δ is recomputed the first Δ is lost, S being 0 until that size is known: there ‖u‖ itself tells.
+    change = (_over(delta_norm, old.fade) - old.keep * old.delta_norm).abs()
+    grown = torch.maximum(old.update_norm, change)
     update_norm = torch.where((sums.numel == old.numel) | (old.update_norm == 0), grown, old.update_norm)
     update_norm = torch.where(update_norm > 0, update_norm, sums.update_sq.sqrt())
     ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
     start = _over(RELATIVE_START * (1 + ref_sq.sqrt()), update_norm)  # as DoG starts; 0 before the first update
-    if options.variant == "paper":
-        s_init = start.new_full((), options.s_init or PAPER_S_INIT)
-        eps = options.eps
-        decay = old.s.sum()
-    else:
-        s_init = start if options.s_init is None else start.new_full((), options.s_init * unit)
-        eps = 0.0
-        decay = _over(old.scale * delta_norm, sums.x_sq.sqrt())  # ‖x - x_ref‖ / ‖x‖
 
-    h = sums.delta_grad + options.s_decay * decay * _over(sums.grad_sq, sums.x_sq).sqrt() * sums.delta_x
+    law = _paper if options.variant == "paper" else _scale_free
+    new = law(old, sums, betas, options, unit, start, delta_norm)
+    if not options.store_delta:
+        # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
+        new = new._replace(scale=torch.maximum(new.scale, start))
+    new = new._replace(delta_norm=delta_norm, numel=sums.numel, update_norm=update_norm, steps=old.steps + 1)
+    kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
+    return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok, update_sq=old.update_sq)
+
+
+def _paper(
+    old: Tuner, sums: Sums, betas: Tensor, options: Options, unit: float, start: Tensor, delta_norm: Tensor
+) -> Tuner:
+    """Algorithm 1."""
+    h = sums.delta_grad + options.s_decay * old.s.sum() * _over(sums.grad_sq, sums.x_sq).sqrt() * sums.delta_x
     m = torch.maximum(betas * old.m, h.abs())
     v = betas.square() * old.v + h.square()
     r = (betas * old.r - old.s * h).clamp_min(0)
-    wealth = s_init / n * m + r
-    s = _over(wealth, v.sqrt() + eps)
+    wealth = (options.s_init or PAPER_S_INIT) / betas.numel() * m + r
+    s = _over(wealth, v.sqrt() + options.eps)
+    one = torch.ones_like(h)
+    return old._replace(m=m, v=v, r=r, s=s, h=h, scale=s.sum(), keep=one, fade=one)
 
-    scale = s.sum()
-    if not options.store_delta:
-        # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
-        scale = torch.maximum(scale, start)
 
-    new = Tuner(m, v, r, s, h, scale, delta_norm, sums.numel, update_norm, ref_sq, old.skipped, old.update_sq)
-    kept = [torch.where(ok, a, b) for a, b in zip(new, old, strict=True)]
-    kept[-3:] = ref_sq, old.skipped + ~ok, old.update_sq
-    return Tuner(*kept)
+def _scale_free(
+    old: Tuner, sums: Sums, betas: Tensor, options: Options, unit: float, start: Tensor, delta_norm: Tensor
+) -> Tuner:
+    """The log of S goes down the gradient h, in steps of h over its size so far: docs/algorithm.md."""
+    gradient = sums.grad_sq.sqrt()
+    size = torch.where(old.grad_norm > 0, old.grad_norm, gradient)
+    decay = _over(old.scale * delta_norm, sums.x_sq.sqrt())  # ‖x - x_ref‖ / ‖x‖
+    h = sums.delta_grad + options.s_decay * decay * _over(sums.grad_sq, sums.x_sq).sqrt() * sums.delta_x
+    h = _over(h, size)
+    grad_norm = size + 2 / (old.steps + 2) * (torch.minimum(gradient, SURPRISE * size) - size)
+
+    top = old.m.max()
+    usual = torch.where(top > 0, torch.minimum(h.abs(), SURPRISE * top), h.abs())
+    m = torch.maximum(betas * old.m, usual)
+    v = betas.square() * old.v + usual.square()
+    # A gain is measured by all that is known, a loss by what was known when the bet was made: so a bad one is cut.
+    now = (v + CAUTION * m.square()).sqrt()
+    then = (old.v + CAUTION * old.m.square()).sqrt()
+    gain = _over(usual, now).mean()
+    loss = _over(h.abs(), torch.where(then > 0, then, now)).mean().clamp_max(FALL)
+
+    first = start if options.s_init is None else start.new_full((), options.s_init * unit)
+    scale = torch.where(old.scale > 0, old.scale, first) * torch.where(h < 0, gain, -loss).exp()
+    scale = torch.maximum(scale, torch.minimum(start, first))
+
+    # A rise of S is for updates to come, and so is a gentle fall: x goes on by S·u. A steep fall draws x back.
+    ratio = _over(scale, old.scale)
+    keep = _over((ratio / SLACK).clamp_max(1), ratio)
+    fade = (old.steps + 2) / (old.steps + 3)  # Δ is a mean over the past, in which step t weighs as much as t
+    zero = torch.zeros_like(old.m)
+    return old._replace(m=m, v=v, r=zero, s=zero, h=h, scale=scale, grad_norm=grad_norm, keep=keep, fade=fade)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:

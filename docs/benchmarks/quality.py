@@ -1,0 +1,518 @@
+"""How far from the best hand-tuned lr: python docs/benchmarks/quality.py
+
+Every contender trains every task (tasks.py) with every base optimizer and schedule. The score of a run is its excess,
+
+    e = (L - L_tuned) / (L_init - L_tuned),    0: as good as the best lr of a grid; 1: as if it had not trained
+
+L being the validation loss at the end. The grid goes by half decades; three seeds choose its winner, three others score
+it and the contenders, seed against seed. Runs go to a CSV as they end, and a benchmark that was killed goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import importlib.util
+import math
+import multiprocessing
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tasks import TASKS
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from manic import Mechanic
+
+CHOOSE, SCORE = (0, 1, 2), (3, 4, 5)  # seeds
+SCHEDULES = ("constant", "cosine")
+ANY_LR = tuple(10.0**k for k in range(-8, 5, 2))
+USUAL = 1e-2  # the base lr of a contender that is said not to care
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, and the columns by which the CSV knows it again."""
+
+    task: str
+    base: str
+    schedule: str
+    contender: str
+    lr: float
+    seed: int
+    steps: int
+    dtype: str = "float32"
+
+    @property
+    def cell(self) -> tuple[str, ...]:
+        return self.task, self.base, self.schedule, str(self.steps)
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al., arXiv 2302.06675: the sign of an interpolated momentum."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(group["lr"] * torch.lerp(p.grad, m, 0.9).sign())
+                m.lerp_(p.grad, 0.01)
+
+
+Parameters = list[nn.Parameter]
+BASES: dict[str, Callable[[Parameters, float], torch.optim.Optimizer]] = {
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
+    "AdamW": lambda p, lr: torch.optim.AdamW(p, lr=lr),
+    "Lion": Lion,
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr),
+}
+# Where each base's best lr may lie: half decades, from the first exponent to the last.
+GRIDS = {
+    "SGD": (-3.0, 1.5),
+    "momentum": (-4.0, 1.0),
+    "AdamW": (-4.5, 0.0),
+    "Lion": (-5.5, -1.0),
+    "RMSprop": (-4.5, 0.0),
+}
+
+
+def grid(base: str) -> list[float]:
+    low, high = GRIDS[base]
+    return [float(f"{10 ** (low + k / 2):.3g}") for k in range(round(2 * (high - low)) + 1)]
+
+
+def factor(schedule: str, steps: int) -> Callable[[int], float]:
+    """Constant, or a linear warm-up over a tenth of the steps and half a cosine down to 0."""
+    warmup = max(1, steps // 10)
+
+    def cosine(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    return cosine if schedule == "cosine" else lambda step: 1.0
+
+
+# ---------------------------------------------------------------------- contenders
+
+
+class Stepper:
+    """An optimizer and its schedule; what its authors want evaluated instead of the last iterate, if anything."""
+
+    def __init__(self, optimizer: Any, run: Run) -> None:
+        self.optimizer = optimizer
+        self.schedule = LambdaLR(optimizer, factor(run.schedule, run.steps))
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.schedule.step()
+
+    def evaluated(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class Tuned(Stepper):
+    """manic."""
+
+    def __init__(self, optimizer: Any, run: Run, **options: Any) -> None:
+        super().__init__(optimizer, run)
+        self.mechanic = Mechanic(optimizer, self.schedule, **options)
+
+    def step(self) -> None:
+        self.mechanic.step()
+
+
+class ByClass(Stepper):
+    """mechanic-pytorch, which is no Optimizer for a scheduler: the group's lr is set by hand."""
+
+    def __init__(self, optimizer: Any, run: Run) -> None:
+        self.optimizer, self.factor, self.lr, self.count = optimizer, factor(run.schedule, run.steps), run.lr, 0
+
+    def step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.factor(self.count)
+        self.optimizer.step()
+        self.count += 1
+
+
+class Averaged(Stepper):
+    """DoG and LDoG, whose authors evaluate a running average."""
+
+    def __init__(self, optimizer: Any, run: Run, model: nn.Module, averager: Any) -> None:
+        super().__init__(optimizer, run)
+        self.model, self.average = model, averager(model)
+
+    def step(self) -> None:
+        super().step()
+        self.average.step()
+
+    def evaluated(self, model: nn.Module) -> nn.Module:
+        return self.average.averaged_model
+
+
+class ScheduleFree(Stepper):
+    def __init__(self, optimizer: Any, run: Run) -> None:
+        super().__init__(optimizer, run)
+        optimizer.train()
+
+    def evaluated(self, model: nn.Module) -> nn.Module:
+        self.optimizer.eval()
+        return model
+
+
+class Optax(Stepper):
+    """optax.contrib.mechanize, jitted, on arrays that are copied from and to the model in every step."""
+
+    def __init__(self, parameters: Parameters, run: Run) -> None:
+        import jax
+        import jax.numpy as jnp
+        import optax
+        import optax.contrib
+
+        shape, self.count = factor(run.schedule, run.steps), 0
+        bases = {
+            "SGD": lambda lr: optax.sgd(lr),
+            "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
+            "AdamW": lambda lr: optax.adamw(lr, weight_decay=0.01),
+            "Lion": lambda lr: optax.lion(lr, weight_decay=0.0),
+            "RMSprop": lambda lr: optax.rmsprop(lr, decay=0.99),
+        }
+        self.parameters, self.asarray, table = (
+            parameters,
+            jnp.asarray,
+            jnp.asarray([shape(t) for t in range(run.steps)]),
+        )
+        tuned = optax.contrib.mechanize(bases[run.base](lambda count: run.lr * table[count]))
+        self.state = tuned.init(self.values(False))
+        self.update = jax.jit(tuned.update)
+
+    def values(self, grads: bool) -> list[Any]:
+        return [self.asarray((p.grad if grads else p.detach()).numpy()) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        import numpy as np
+
+        updates, self.state = self.update(self.values(True), self.state, self.values(False))
+        for p, u in zip(self.parameters, updates, strict=True):
+            p.add_(torch.from_numpy(np.array(u)))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is needed, with which bases it is compared, at which base lrs it runs, and how it is built."""
+
+    module: str
+    bases: tuple[str, ...]
+    lrs: tuple[float, ...]
+    build: Callable[[Any, nn.Module, Run], Stepper]
+    schedules: tuple[str, ...] = SCHEDULES
+
+
+def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
+    return Stepper(BASES[run.base](list(model.parameters()), run.lr), run)
+
+
+def manic(**options: Any) -> Callable[[Any, nn.Module, Run], Stepper]:
+    return lambda _, model, run: Tuned(BASES[run.base](list(model.parameters()), run.lr), run, **options)
+
+
+def authors(module: Any, model: nn.Module, run: Run) -> Stepper:
+    classes: dict[str, tuple[Any, dict[str, Any]]] = {
+        "SGD": (torch.optim.SGD, {}),
+        "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+        "AdamW": (torch.optim.AdamW, {}),
+        "Lion": (Lion, {}),
+        "RMSprop": (torch.optim.RMSprop, {}),
+    }
+    base, options = classes[run.base]
+    return ByClass(module.mechanize(base)(model.parameters(), lr=run.lr, **options), run)
+
+
+def dadaptation(module: Any, model: nn.Module, run: Run) -> Stepper:
+    parameters = model.parameters()
+    if run.base == "AdamW":
+        optimizer = module.DAdaptAdam(parameters, weight_decay=0.01, decouple=True)
+    elif run.base == "Lion":
+        optimizer = module.DAdaptLion(parameters)
+    else:
+        optimizer = module.DAdaptSGD(parameters, momentum=0.9 if run.base == "momentum" else 0.0)
+    return Stepper(optimizer, run)
+
+
+def dog(name: str) -> Callable[[Any, nn.Module, Run], Stepper]:
+    return lambda m, model, run: Averaged(getattr(m, name)(model.parameters()), run, model, m.PolynomialDecayAverager)
+
+
+ALL = tuple(BASES)
+CONTENDERS: dict[str, Contender] = {
+    "tuned": Contender("torch", ALL, (), plain),  # at the lrs of the base's grid
+    "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
+    "manic": Contender("manic", ALL, ANY_LR, manic()),
+    "manic, paper": Contender("manic", ALL, ANY_LR, manic(variant="paper")),
+    "mechanic-pytorch": Contender("mechanic_pytorch", ALL, (1e-2, 1.0), authors),
+    "optax mechanize": Contender("optax", ALL, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
+    "Prodigy": Contender(
+        "prodigyopt",
+        ("AdamW",),
+        (1.0,),
+        lambda m, model, run: Stepper(m.Prodigy(model.parameters(), weight_decay=0.01), run),
+    ),
+    "D-Adaptation": Contender("dadaptation", ("SGD", "momentum", "AdamW", "Lion"), (1.0,), dadaptation),
+    "DoG": Contender("dog", ("SGD",), (1.0,), dog("DoG")),
+    "LDoG": Contender("dog", ("SGD",), (1.0,), dog("LDoG")),
+    "ScheduleFree": Contender(
+        "schedulefree",
+        ("AdamW",),
+        (0.0025,),  # its default
+        lambda m, model, run: ScheduleFree(m.AdamWScheduleFree(model.parameters(), lr=run.lr), run),
+        ("constant",),
+    ),
+    "AdamW 1e-3": Contender("torch", ("AdamW",), (1e-3,), plain),
+    "SGD 1e-2": Contender("torch", ("SGD", "momentum"), (1e-2,), plain),
+}
+
+
+def train(run: Run) -> dict[str, Any]:
+    """The run's losses: validation before and after, and the mean of the last tenth of the steps."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    task, contender = TASKS[run.task], CONTENDERS[run.contender]
+    model = task.start(run.seed).to(getattr(torch, run.dtype))
+    initial = task.validate(model)
+    stepper = contender.build(importlib.import_module(contender.module), model, run)
+    losses = []
+    for step in range(run.steps):
+        model.zero_grad()
+        loss = task.loss(model, task.batch(1_000_000 * run.seed + step))
+        if not math.isfinite(float(loss)):
+            break
+        loss.backward()
+        stepper.step()
+        losses.append(float(loss))
+    final = task.validate(stepper.evaluated(model)) if len(losses) == run.steps else math.inf
+    return {**asdict(run), "initial": initial, "final": final, "train": statistics.fmean(losses[-run.steps // 10 :])}
+
+
+# ---------------------------------------------------------------------- many runs
+
+
+def planned(steps: dict[str, int], contenders: Iterable[str], bases: Iterable[str], quick: bool) -> list[Run]:
+    """Every run but the scoring ones of the grid, whose lr is not known yet."""
+    runs = []
+    for task, count in steps.items():
+        for name in contenders:
+            contender = CONTENDERS[name]
+            if importlib.util.find_spec(contender.module) is None:
+                continue
+            for base in (b for b in contender.bases if b in bases):
+                lrs = grid(base) if name == "tuned" else contender.lrs
+                for schedule in contender.schedules:
+                    if task == "GPT long" and (base, schedule) != ("AdamW", "cosine"):
+                        continue
+                    for lr in lrs:
+                        usual = lr == USUAL or len(lrs) <= 2
+                        seeds = CHOOSE if name == "tuned" else SCORE if usual else SCORE[:1]
+                        seeds = seeds[:1] if quick else seeds
+                        runs += [Run(task, base, schedule, name, lr, seed, count) for seed in seeds]
+    return runs
+
+
+def winners(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], Run]:
+    """The lr of the grid with the lowest mean loss, by cell; a run that broke off counts as one that did not learn."""
+    losses: dict[Run, list[float]] = {}
+    for row in rows:
+        if row["contender"] == "tuned" and row["seed"] in CHOOSE:
+            run = replace(of(row), seed=0)
+            losses.setdefault(run, []).append(min(row["final"], row["initial"]))
+    best: dict[tuple[str, ...], Run] = {}
+    for run, found in losses.items():
+        if run.cell not in best or statistics.fmean(found) < statistics.fmean(losses[best[run.cell]]):
+            best[run.cell] = run
+    return best
+
+
+def of(row: dict[str, Any]) -> Run:
+    return Run(**{field.name: row[field.name] for field in fields(Run)})
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    numbers = {"lr": float, "seed": int, "steps": int, "initial": float, "final": float, "train": float}
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)  # a killed process may leave half a line
+    rows = list(csv.DictReader(whole.splitlines()))
+    return [{k: numbers.get(k, str)(v) for k, v in row.items()} for row in rows]
+
+
+def carry_out(runs: list[Run], path: Path, processes: int) -> list[dict[str, Any]]:
+    """The runs that the CSV does not have yet; all its rows."""
+    rows = read(path)
+    done = {of(row) for row in rows}
+    todo = sorted((run for run in runs if run not in done), key=lambda run: -run.steps * ("GPT" in run.task))
+    if not todo:
+        return rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool, path.open("a", newline="") as file:
+        for row in tqdm(pool.imap_unordered(train, todo), total=len(todo), disable=None):
+            writer = csv.DictWriter(file, row.keys())
+            if fresh:
+                writer.writeheader()
+                fresh = False
+            writer.writerow(row)
+            file.flush()
+            rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------- what came out
+
+
+Excess = dict[tuple[str, float], dict[tuple[str, ...], list[float]]]  # by contender and base lr, by cell, of each seed
+
+
+def excess(rows: list[dict[str, Any]]) -> Excess:
+    """e of every scored run, seed against seed; at most 1 for one that broke off."""
+    best = winners(rows)
+    tuned = {
+        (run.cell, row["seed"]): row
+        for row in rows
+        if row["contender"] == "tuned" and (run := of(row)) == replace(best[run.cell], seed=run.seed)
+    }
+    found: Excess = {}
+    for row in rows:
+        reference = tuned.get((of(row).cell, row["seed"]))
+        if row["contender"] == "tuned" or reference is None:
+            continue
+        e = (row["final"] - reference["final"]) / (reference["initial"] - reference["final"])
+        at = found.setdefault((row["contender"], row["lr"]), {})
+        at.setdefault(of(row).cell, []).append(min(e, 1.0) if math.isfinite(e) else 1.0)
+    return found
+
+
+def table(found: Excess) -> str:
+    """One line per contender and base lr: mean and worst e over the cells, and the mean by task."""
+    tasks = [task for task in TASKS if any(cell[0] == task for cells in found.values() for cell in cells)]
+    lines = [
+        f"| contender | base lr | cells | mean e | worst e | {' | '.join(tasks)} |",
+        "|---" * (len(tasks) + 5) + "|",
+    ]
+    for (name, lr), cells in found.items():
+        means = {cell: statistics.fmean(values) for cell, values in cells.items()}
+        by_task = [[e for cell, e in means.items() if cell[0] == task] for task in tasks]
+        columns = [f"{statistics.fmean(es):.3f}" if es else "–" for es in by_task]
+        overall = f"{statistics.fmean(means.values()):.3f} | {max(means.values()):.3f}"
+        lines.append(f"| {name} | {lr:g} | {len(means)} | {overall} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def spread(found: Excess, name: str) -> float:
+    """The largest difference that the base lr makes to e, over all cells."""
+    by_cell: dict[tuple[str, ...], list[float]] = {}
+    for (contender, _), cells in found.items():
+        for cell, values in cells.items():
+            if contender == name:
+                by_cell.setdefault(cell, []).append(values[0])  # of the seed that every lr has
+    return max(max(values) - min(values) for values in by_cell.values())
+
+
+def chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """Final loss against base lr, AdamW with warm-up and cosine, one panel per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    looks = {
+        "plain": ("AdamW", "#5b6474", "-"),
+        "manic, paper": ("manic, the published method", "#b0b7c3", "--"),
+        "manic": ("manic", "#0b6e4f", "-"),
+    }
+    mine = [r for r in rows if (r["base"], r["schedule"], r["seed"]) == ("AdamW", "cosine", SCORE[0])]
+    tasks = [task for task in TASKS if any(r["task"] == task and r["contender"] == "manic" for r in mine)]
+    columns = min(3, len(tasks))
+    figure, panels = plt.subplots(-(-len(tasks) // columns), columns, figsize=(3.6 * columns, 6), squeeze=False)
+    for panel in panels.flat[len(tasks) :]:
+        panel.set_visible(False)
+    for task, panel in zip(tasks, panels.flat, strict=False):
+        initial = next(r["initial"] for r in mine if r["task"] == task)
+        for contender, (label, colour, style) in looks.items():
+            some = [
+                r
+                for r in mine
+                if r["task"] == task and r["contender"] in (contender, *(["tuned"] * (label == "AdamW")))
+            ]
+            points = sorted((r["lr"], min(r["final"], 1.1 * initial)) for r in some)
+            if points:
+                panel.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=label)
+        panel.set_xscale("log")
+        panel.set_title(task, loc="left", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    for row in panels:
+        row[0].set_ylabel("validation loss at the end")
+    for panel in panels[-1]:
+        panel.set_xlabel("base learning rate")
+    panels[0][0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def quick_check(found: Excess) -> Iterator[str]:
+    """What is wrong, by loose bounds: one seed and few cells tell no more."""
+    usual = [e for cells in (found["manic", USUAL],) for values in cells.values() for e in values]
+    if statistics.fmean(usual) > 0.05 or max(usual) > 0.25:
+        yield f"manic: mean e {statistics.fmean(usual):.3f} (at most 0.05), worst {max(usual):.3f} (at most 0.25)"
+    if spread(found, "manic") > 0.02:
+        yield f"manic: the base lr changes e by {spread(found, 'manic'):.3f} (at most 0.02)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/quality"), help="folder of the CSV, the table, the figure"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="at a time, one thread each (default: 2)")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="default: all")
+    parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES), help="default: all")
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--quick", action="store_true", help="few cells, one seed, and loose bounds that must hold")
+    args = parser.parse_args()
+    path = args.out / ("quick.csv" if args.quick else "runs.csv")
+    steps = {task: TASKS[task].steps for task in args.tasks}
+    if args.quick:
+        steps, args.contenders = {task: TASKS[task].steps for task in ("logreg", "MLP", "CNN")}, ["tuned", "manic"]
+        args.bases = ["momentum", "AdamW"]
+        path.unlink(missing_ok=True)
+    runs = planned(steps, args.contenders, args.bases, args.quick)
+    rows = carry_out(runs, path, args.processes)
+    score = SCORE[:1] if args.quick else SCORE
+    rows = carry_out([replace(run, seed=s) for run in winners(rows).values() for s in score], path, args.processes)
+    found = excess(rows)
+    print(table(found))
+    print(f"\nspread of manic's e over the base lr, any cell: {spread(found, 'manic'):.4f}")
+    (args.out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
+    chart(rows, args.out / "loss_against_lr.png")
+    faults = list(quick_check(found)) if args.quick else []
+    sys.exit("\n".join(faults) if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
