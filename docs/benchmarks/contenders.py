@@ -32,9 +32,14 @@ def compiled(parameters: Parameters) -> Mechanic:
 
 def frozen(parameters: Parameters) -> Mechanic:
     mechanic = Mechanic(adamw(parameters))
+    bare = [p for p in parameters if p.grad is None]  # without gradients there is nothing to learn
+    for p in bare:
+        p.grad = torch.full_like(p, 1e-3)
     for _ in range(3):
         mechanic.step()
     mechanic.freeze()
+    for p in bare:
+        p.grad = None
     return mechanic
 
 
