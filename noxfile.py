@@ -13,7 +13,7 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"  # one torch for all: an open range may fetch gigabytes of CUDA
 TESTS = ("pytest", "pytest-cov", "pytest-xdist", "hypothesis")
-EXTRAS = ("ninja", "matplotlib", "numpy", "tqdm", "triton; sys_platform == 'linux'")  # what some of the tests need
+EXTRAS = ("ninja", "matplotlib", "numpy", "triton; sys_platform == 'linux'")  # what some of the tests need
 
 
 def install(session: nox.Session, *packages: str) -> None:

@@ -28,7 +28,6 @@ import torch
 from tasks import TASKS
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from manic import Mechanic
 
@@ -363,6 +362,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def carry_out(runs: list[Run], path: Path, processes: int) -> list[dict[str, Any]]:
     """The runs that the CSV does not have yet; all its rows."""
+    from tqdm import tqdm
+
     rows = read(path)
     done = {of(row) for row in rows}
     todo = sorted((run for run in runs if run not in done), key=lambda run: -run.steps * ("GPT" in run.task))
