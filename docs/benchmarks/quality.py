@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import TASKS
+from tasks import TASKS, chargpt
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -70,14 +70,22 @@ class Lion(torch.optim.Optimizer):
                 m.lerp_(p.grad, 0.01)
 
 
-Parameters = list[nn.Parameter]
-BASES: dict[str, Callable[[Parameters, float], torch.optim.Optimizer]] = {
-    "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr),
-    "momentum": lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9),
-    "AdamW": lambda p, lr: torch.optim.AdamW(p, lr=lr),
-    "Lion": Lion,
-    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr),
+# The class, and its options.
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "Lion": (Lion, {}),
+    "RMSprop": (torch.optim.RMSprop, {}),
 }
+
+
+def built(run: Run, model: nn.Module, by: Callable[[Any], Any] = lambda base: base) -> Any:
+    """The run's base optimizer; `by` may wrap the class."""
+    base, options = BASES[run.base]
+    return by(base)(model.parameters(), lr=run.lr, **options)
+
+
 # Where each base's best lr may lie: half decades, from the first exponent to the last.
 GRIDS = {
     "SGD": (-3.0, 1.5),
@@ -95,14 +103,7 @@ def grid(base: str) -> list[float]:
 
 def factor(schedule: str, steps: int) -> Callable[[int], float]:
     """Constant, or a linear warm-up over a tenth of the steps and half a cosine down to 0."""
-    warmup = max(1, steps // 10)
-
-    def cosine(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-    return cosine if schedule == "cosine" else lambda step: 1.0
+    return chargpt.warmup_factor(steps, max(1, steps // 10)) if schedule == "cosine" else lambda step: 1.0
 
 
 # ---------------------------------------------------------------------- contenders
@@ -152,7 +153,7 @@ class Averaged(Stepper):
 
     def __init__(self, optimizer: Any, run: Run, model: nn.Module, averager: Any) -> None:
         super().__init__(optimizer, run)
-        self.model, self.average = model, averager(model)
+        self.average = averager(model)
 
     def step(self) -> None:
         super().step()
@@ -175,13 +176,13 @@ class ScheduleFree(Stepper):
 class Optax(Stepper):
     """optax.contrib.mechanize, jitted, on arrays that are copied from and to the model in every step."""
 
-    def __init__(self, parameters: Parameters, run: Run) -> None:
+    def __init__(self, parameters: list[nn.Parameter], run: Run) -> None:
         import jax
         import jax.numpy as jnp
         import optax
         import optax.contrib
 
-        shape, self.count = factor(run.schedule, run.steps), 0
+        shape = factor(run.schedule, run.steps)
         bases = {
             "SGD": lambda lr: optax.sgd(lr),
             "momentum": lambda lr: optax.sgd(lr, momentum=0.9),
@@ -189,11 +190,8 @@ class Optax(Stepper):
             "Lion": lambda lr: optax.lion(lr, weight_decay=0.0),
             "RMSprop": lambda lr: optax.rmsprop(lr, decay=0.99),
         }
-        self.parameters, self.asarray, table = (
-            parameters,
-            jnp.asarray,
-            jnp.asarray([shape(t) for t in range(run.steps)]),
-        )
+        self.parameters, self.asarray = parameters, jnp.asarray
+        table = jnp.asarray([shape(t) for t in range(run.steps)])
         tuned = optax.contrib.mechanize(bases[run.base](lambda count: run.lr * table[count]))
         self.state = tuned.init(self.values(False))
         self.update = jax.jit(tuned.update)
@@ -222,23 +220,15 @@ class Contender:
 
 
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
-    return Stepper(BASES[run.base](list(model.parameters()), run.lr), run)
+    return Stepper(built(run, model), run)
 
 
 def manic(**options: Any) -> Callable[[Any, nn.Module, Run], Stepper]:
-    return lambda _, model, run: Tuned(BASES[run.base](list(model.parameters()), run.lr), run, **options)
+    return lambda _, model, run: Tuned(built(run, model), run, **options)
 
 
 def authors(module: Any, model: nn.Module, run: Run) -> Stepper:
-    classes: dict[str, tuple[Any, dict[str, Any]]] = {
-        "SGD": (torch.optim.SGD, {}),
-        "momentum": (torch.optim.SGD, {"momentum": 0.9}),
-        "AdamW": (torch.optim.AdamW, {}),
-        "Lion": (Lion, {}),
-        "RMSprop": (torch.optim.RMSprop, {}),
-    }
-    base, options = classes[run.base]
-    return ByClass(module.mechanize(base)(model.parameters(), lr=run.lr, **options), run)
+    return ByClass(built(run, model, module.mechanize), run)
 
 
 def dadaptation(module: Any, model: nn.Module, run: Run) -> Stepper:
@@ -478,7 +468,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
 
 def quick_check(found: Excess) -> Iterator[str]:
     """What is wrong, by loose bounds: one seed and few cells tell no more."""
-    usual = [e for cells in (found["manic", USUAL],) for values in cells.values() for e in values]
+    usual = [e for values in found["manic", USUAL].values() for e in values]
     if statistics.fmean(usual) > 0.05 or max(usual) > 0.25:
         yield f"manic: mean e {statistics.fmean(usual):.3f} (at most 0.05), worst {max(usual):.3f} (at most 0.25)"
     if spread(found, "manic") > 0.02:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sysconfig
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -80,12 +81,17 @@ def validation_loss(model: nn.Module, batches: int = 16) -> float:
     return sum(loss_of(model, batch(text, seed)).item() for seed in range(batches)) / batches
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up to the optimizer's lr, then half a cosine down to 0."""
+def warmup_factor(steps: int, warmup: int) -> Callable[[int], float]:
+    """Linear warm-up to 1, then half a cosine down to 0."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return factor
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The same as a schedule of the optimizer's lr."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_factor(steps, warmup))

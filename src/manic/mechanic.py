@@ -442,7 +442,7 @@ class Mechanic(Optimizer):
     @torch.no_grad()
     def freeze(self) -> None:
         """Stop learning: the scale stays as it is, x_ref and Δ are freed, and from here on a step is the base
-        optimizer's own, at group lr × scale. One sync; no way back.
+        optimizer's own, at group lr × scale. It waits for the device; no way back.
 
         Gradients that are not finite are the base's own concern again, and bfloat16 and float16 parameters lose their
         float32 masters. Schedules go on, checkpoints say that they are frozen, and so is who loads one. On a Mechanic

@@ -128,8 +128,11 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
     start = _over(RELATIVE_START * (1 + ref_sq.sqrt()), update_norm)  # as DoG starts; 0 before the first update
 
-    law = _paper if options.variant == "paper" else _scale_free
-    new = law(old, sums, betas, options, unit, start, delta_norm)
+    if options.variant == "paper":
+        new = _paper(old, sums, betas, options)
+    else:
+        first = start if options.s_init is None else start.new_full((), options.s_init * unit)
+        new = _scale_free(old, sums, betas, options, first, torch.minimum(start, first), delta_norm)
     if not options.store_delta:
         # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
         new = new._replace(scale=torch.maximum(new.scale, start))
@@ -138,11 +141,14 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok, update_sq=old.update_sq)
 
 
-def _paper(
-    old: Tuner, sums: Sums, betas: Tensor, options: Options, unit: float, start: Tensor, delta_norm: Tensor
-) -> Tuner:
+def _h(sums: Sums, s_decay: float, weight: Tensor) -> Tensor:
+    """⟨Δ, g + λ·weight·(‖g‖/‖x‖)·x⟩"""
+    return sums.delta_grad + s_decay * weight * _over(sums.grad_sq, sums.x_sq).sqrt() * sums.delta_x
+
+
+def _paper(old: Tuner, sums: Sums, betas: Tensor, options: Options) -> Tuner:
     """Algorithm 1."""
-    h = sums.delta_grad + options.s_decay * old.s.sum() * _over(sums.grad_sq, sums.x_sq).sqrt() * sums.delta_x
+    h = _h(sums, options.s_decay, old.s.sum())
     m = torch.maximum(betas * old.m, h.abs())
     v = betas.square() * old.v + h.square()
     r = (betas * old.r - old.s * h).clamp_min(0)
@@ -153,14 +159,16 @@ def _paper(
 
 
 def _scale_free(
-    old: Tuner, sums: Sums, betas: Tensor, options: Options, unit: float, start: Tensor, delta_norm: Tensor
+    old: Tuner, sums: Sums, betas: Tensor, options: Options, first: Tensor, least: Tensor, delta_norm: Tensor
 ) -> Tuner:
-    """The log of S goes down the gradient h, in steps of h over its size so far: docs/algorithm.md."""
+    """The log of S goes down the gradient h, in steps of h over its size so far: docs/algorithm.md.
+
+    `first`, `least`: where S starts, and what it does not fall below.
+    """
     gradient = sums.grad_sq.sqrt()
     size = torch.where(old.grad_norm > 0, old.grad_norm, gradient)
-    decay = _over(old.scale * delta_norm, sums.x_sq.sqrt())  # ‖x - x_ref‖ / ‖x‖
-    h = sums.delta_grad + options.s_decay * decay * _over(sums.grad_sq, sums.x_sq).sqrt() * sums.delta_x
-    h = _over(h, size)
+    moved = _over(old.scale * delta_norm, sums.x_sq.sqrt())  # ‖x - x_ref‖ / ‖x‖
+    h = _over(_h(sums, options.s_decay, moved), size)
     grad_norm = size + 2 / (old.steps + 2) * (torch.minimum(gradient, SURPRISE * size) - size)
 
     top = old.m.max()
@@ -173,9 +181,8 @@ def _scale_free(
     gain = _over(usual, now).mean()
     loss = _over(h.abs(), torch.where(then > 0, then, now)).mean().clamp_max(FALL)
 
-    first = start if options.s_init is None else start.new_full((), options.s_init * unit)
     scale = torch.where(old.scale > 0, old.scale, first) * torch.where(h < 0, gain, -loss).exp()
-    scale = torch.maximum(scale, torch.minimum(start, first))
+    scale = torch.maximum(scale, least)
 
     # A rise of S is for updates to come, and so is a gentle fall: x goes on by S·u. A steep fall draws x back.
     ratio = _over(scale, old.scale)
