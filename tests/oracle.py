@@ -74,7 +74,7 @@ def scale_free(
     s_init: float | None,
 ) -> Iterator[tuple[Vector, float]]:
     """The equations of docs/algorithm.md."""
-    n, origin = len(betas), norm(x)
+    n, origin, peak = len(betas), norm(x), 0.0
     delta, kept = [0.0] * len(x), 0.0  # Δ; how much of ‖Δ‖ was there before the last update
     m, v = [0.0] * n, [0.0] * n
     total, size, largest, fade = 0.0, 0.0, 0.0, 1.0  # S; the mean ‖g‖; the largest update; the last fade
@@ -97,11 +97,13 @@ def scale_free(
             now = math.sqrt(v[i] + 4 * m[i] ** 2)
             if now:
                 step += usual / now / n if h < 0 else -h / (then or now) / n
-        before, total = total, max((total or first) * math.exp(max(step, -5)), min(start, first))
+        peak = max(peak, schedule(t))
+        share = schedule(t) / peak if peak else 0.0
+        before, total = total, max((total or first) * math.exp(share * max(step, -5)), min(start, first))
         ratio = total / before if before else 0.0
         keep = min(ratio / 0.9, 1) / ratio if ratio else 0.0
-        fade = (t + 2) / (t + 3)
-        u = base(x, g, schedule(t))
+        fade = 1.0 if share < 0.99 else (t + 2) / (t + 3)
+        u = base(x, g, schedule(t)) if step > -2 else [0.0 * ui for ui in base(x, [0.0] * len(x), schedule(t))]
         kept = keep * norm(delta)
         whole = [keep * d + ui for d, ui in zip(delta, u, strict=True)]
         ref = [xi - before * d + total * (1 - fade) * w for xi, d, w in zip(x, delta, whole, strict=True)]

@@ -403,9 +403,10 @@ def test_the_compiled_scalar_half_is_the_eager_one() -> None:
         sums = Sums(*torch.randn(len(Sums._fields), dtype=torch.float64, generator=generator).abs())
         sums = sums._replace(delta_grad=-sums.delta_grad if t % 2 else sums.delta_grad)
         ok = torch.tensor(t % 7 != 3)
+        lr = torch.tensor(1.0 if t < 20 else 0.5, dtype=torch.float64)
         with torch.no_grad():
-            eager = tune(eager, sums, ok, betas, options, 0.1)
-            fused = kernels.compiled_tune()(fused, sums, ok, betas, options, 0.1)
+            eager = tune(eager, sums, ok, betas, options, 0.1, lr)
+            fused = kernels.compiled_tune()(fused, sums, ok, betas, options, 0.1, lr)
     assert eager.scale > 0
     assert eager.skipped == 4
     for a, b in zip(eager, fused, strict=True):

@@ -20,6 +20,7 @@ settings.register_profile("manic", deadline=None, max_examples=60, derandomize=T
 settings.load_profile("manic")
 
 SCALAR = {"dtype": torch.float64}
+LR = torch.tensor(1.0, **SCALAR)
 FINITE = st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6)
 
 
@@ -32,7 +33,7 @@ def scales(h: list[float], options: Options) -> list[float]:
         sums = Sums(
             *(torch.tensor(x, **SCALAR) for x in (value, 0.1, abs(value), 2.0)), size, 1 - size, 5 * size, 0 * size
         )
-        state = tune(state, sums, torch.tensor(True), betas, options, 1.0)
+        state = tune(state, sums, torch.tensor(True), betas, options, 1.0, LR)
         trace.append(state.s.sum().item())
     return trace
 
@@ -59,9 +60,9 @@ def test_a_skipped_step_leaves_the_tuner(h: list[float], at: int) -> None:
             state = Tuner.unpack(flat_state, len(betas))
             if skip and t == at % len(h):
                 broken = Sums(*(torch.tensor(math.nan, **SCALAR),) * 8)
-                state = tune(state, broken, torch.tensor(False), betas, options, 1.0)
+                state = tune(state, broken, torch.tensor(False), betas, options, 1.0, LR)
             sums = Sums(*(torch.tensor(x, **SCALAR) for x in (value, 0.1, 1.0, 2.0, t, 1.0, 5.0, 0.0)))
-            flat_state = tune(state, sums, torch.tensor(True), betas, options, 1.0).pack()
+            flat_state = tune(state, sums, torch.tensor(True), betas, options, 1.0, LR).pack()
         ends.append(Tuner.unpack(flat_state, len(betas)))
     assert ends[1].skipped == 1
     assert all(torch.equal(a, b) for a, b in zip(ends[0], ends[1]._replace(skipped=ends[0].skipped), strict=True))

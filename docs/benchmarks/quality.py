@@ -48,7 +48,6 @@ class Run:
     lr: float
     seed: int
     steps: int
-    dtype: str = "float32"
 
     @property
     def cell(self) -> tuple[str, ...]:
@@ -217,6 +216,7 @@ class Contender:
     lrs: tuple[float, ...]
     build: Callable[[Any, nn.Module, Run], Stepper]
     schedules: tuple[str, ...] = SCHEDULES
+    dtype: torch.dtype = torch.float32  # of the parameters
 
 
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
@@ -251,6 +251,7 @@ CONTENDERS: dict[str, Contender] = {
     "tuned": Contender("torch", ALL, (), plain),  # at the lrs of the base's grid
     "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
     "manic": Contender("manic", ALL, ANY_LR, manic()),
+    "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
     "manic, paper": Contender("manic", ALL, ANY_LR, manic(variant="paper")),
     "mechanic-pytorch": Contender("mechanic_pytorch", ALL, (1e-2, 1.0), authors),
     "optax mechanize": Contender("optax", ALL, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
@@ -280,7 +281,7 @@ def train(run: Run) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     task, contender = TASKS[run.task], CONTENDERS[run.contender]
-    model = task.start(run.seed).to(getattr(torch, run.dtype))
+    model = task.start(run.seed).to(contender.dtype)
     initial = task.validate(model)
     stepper = contender.build(importlib.import_module(contender.module), model, run)
     losses = []
@@ -421,7 +422,7 @@ def spread(found: Excess, name: str) -> float:
         for cell, values in cells.items():
             if contender == name:
                 by_cell.setdefault(cell, []).append(values[0])  # of the seed that every lr has
-    return max(max(values) - min(values) for values in by_cell.values())
+    return max((max(values) - min(values) for values in by_cell.values()), default=math.nan)
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:

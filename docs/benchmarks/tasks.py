@@ -71,12 +71,17 @@ def text(seed: int, *, part: int = 0) -> Data:
     return characters[:, :-1], characters[:, 1:]
 
 
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """In float32, of inputs in the model's dtype."""
+    return model(x.to(next(model.parameters()).dtype) if x.is_floating_point() else x).float()
+
+
 def cross_entropy(model: nn.Module, data: Data) -> Tensor:
-    return F.cross_entropy(model(data[0]).float().flatten(0, -2), data[1].flatten())
+    return F.cross_entropy(output(model, data[0]).flatten(0, -2), data[1].flatten())
 
 
 def squared_error(model: nn.Module, data: Data) -> Tensor:
-    return F.mse_loss(model(data[0]).float().squeeze(-1), data[1])
+    return F.mse_loss(output(model, data[0]).squeeze(-1), data[1])
 
 
 def cnn() -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Mechanic(Optimizer):
 
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
-    ``mechanic_state`` (float64 [4n + 12], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
+    ``mechanic_state`` (float64 [4n + 14], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
     ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple); in ``state[p]``, from p's first step on,
     ``mechanic_ref`` and ``mechanic_delta`` (shape of p, float32 or better).
 
@@ -181,8 +181,10 @@ class Mechanic(Optimizer):
             self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
         else:
             motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
-            self._propose(active, closure, before, ok)  # x_t + u_t
-            update_sq = self._move(active, motion, ok)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
+            motion = torch.where(ok, motion, still(before))
+            counts = ok & (_field(tuners, "take") > 0).all()
+            self._propose(active, closure, before, counts)  # x_t + u_t
+            update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
             hold(idle, before, motion[:, 1])
             self._store(taking)
             self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
@@ -294,13 +296,13 @@ class Mechanic(Optimizer):
         return over_group(total, self.process_group)
 
     @disable_dynamo
-    def _move(self, active: Active, motion: Tensor, ok: Tensor) -> Tensor:
+    def _move(self, active: Active, motion: Tensor, counts: Tensor) -> Tensor:
         """The second pass; returns ‖u_t‖² over this process's share of the parameters, [k]."""
         layouts = list(active)
         update_sq = motion.new_zeros(len(motion))
         carries: Carried = {}
         for layout, mine in active.items():
-            part, left = move(mine, motion, None if _on_host(ok) else ok, self._carried)
+            part, left = move(mine, motion, None if _known_true(counts) else counts, self._carried)
             carries |= left
             # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
             update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
@@ -327,7 +329,12 @@ class Mechanic(Optimizer):
         unit = self._unit or 1.0
         pairs = zip(self._tuners(), sums, strict=True)
         tune_one = compiled_tune() if self._compiled and not _on_host(ok) else tune
-        return [tune_one(old, Sums(*row), ok, self._betas, self._options, unit) for old, row in pairs], ok
+        rates = [group.get("lr", unit) / unit for group in self.param_groups]
+        lrs = [_largest(some, sums) for some in (zip(rates) if self._options.per_group else [rates])]
+        return [
+            tune_one(old, Sums(*row), ok, self._betas, self._options, unit, lr)
+            for (old, row), lr in zip(pairs, lrs, strict=True)
+        ], ok
 
     def _commit(self, tuners: list[Tuner], ok: Tensor) -> None:
         """The end of a step: what the tuner has learned from it becomes its state."""
@@ -335,16 +342,16 @@ class Mechanic(Optimizer):
             flat.copy_(tuner.pack())
         self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
 
-    def _propose(self, active: Active, closure: Callable[[], Any] | None, before: Tensor, ok: Tensor) -> None:
+    def _propose(self, active: Active, closure: Callable[[], Any] | None, before: Tensor, counts: Tensor) -> None:
         """The base optimizer's own step: the parameters hold x_t + u_t. If it raises, they hold x_t again."""
-        if not _on_host(ok):
+        if not _known_true(counts):
             for mine in active.values():
-                discard(mine, ok, self._carried)
+                discard(mine, counts, self._carried)
         try:
             self._step_base(closure)
         except BaseException:
             for mine in active.values():
-                move(mine, still(before), torch.zeros_like(ok), self._carried)
+                move(mine, still(before), torch.zeros_like(counts), self._carried)
             raise
 
     def _step_base(self, closure: Callable[[], Any] | None) -> None:
@@ -751,6 +758,18 @@ def _on_host(ok: Tensor) -> bool:
 def _known_false(ok: Tensor) -> bool:
     # The one look at a value, in host memory. Not `not ok`, which is `item()`: that has no place in a step.
     return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
+
+
+def _known_true(ok: Tensor) -> bool:
+    return _on_host(ok) and len(ok.nonzero()) > 0
+
+
+def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """0-d, made on the device of `like` from numbers, which a captured graph allows."""
+    found = [lr.to(like).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
+    numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
+    found += [like.new_full((), max(numbers))] if numbers else []
+    return torch.stack(found).amax() if len(found) > 1 else found[0]
 
 
 def _precise(device: torch.device) -> torch.dtype:

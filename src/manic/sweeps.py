@@ -203,7 +203,7 @@ def _anchor(groups: Sequence[list[Slot]], scales: Tensor) -> None:
 
 
 @disable_dynamo
-def move(groups: Sequence[Group], motion: Tensor, ok: Tensor | None, carried: Carried) -> tuple[Tensor, Carried]:
+def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried: Carried) -> tuple[Tensor, Carried]:
     """One pass over x, Δ and x_ref after the base step.
 
     .. code-block:: text
@@ -218,24 +218,22 @@ def move(groups: Sequence[Group], motion: Tensor, ok: Tensor | None, carried: Ca
     Args:
         groups: the parameters with a gradient, as :func:`measure` left them.
         motion: [k, 4], S_t, S_{t+1}, keep and fade of each learned scale.
-        ok: 0-d bool. False undoes the step: Δ and x become what they were. None: known to be true.
+        counts: 0-d bool. False: u_t is taken to be 0, whatever the base did. None: known to be true.
         carried: what :func:`measure` was given.
 
     Returns:
         [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next :func:`measure` is to find.
     """
-    if ok is not None:
-        motion = torch.where(ok, motion, still(motion[:, 0]))
     carries: Carried = {}
     for group in groups:
         if group.kernels is not None:
             memory = _memory(group, carried)
             by = _as_wanted(motion, group.slots[0])
-            group.kernels.move(group.slots, by, None if ok is None else ok.to(by.device), memory)
+            group.kernels.move(group.slots, by, None if counts is None else counts.to(by.device), memory)
             memory.known = True
             carries[group.identity] = memory
     eager = [group.slots for group in groups if group.kernels is None]
-    update_sq, left = _move_eagerly(eager, motion, ok)
+    update_sq, left = _move_eagerly(eager, motion, counts)
     carries[_identity([slot for slots in eager for slot in slots])] = left
     return update_sq, carries
 
@@ -247,17 +245,17 @@ def still(scales: Tensor) -> Tensor:
 
 
 def _move_eagerly(
-    groups: Sequence[list[Slot]], motion: Tensor, ok: Tensor | None
+    groups: Sequence[list[Slot]], motion: Tensor, counts: Tensor | None
 ) -> tuple[Tensor, dict[Key, list[Tensor]]]:
     update_sq = motion.new_zeros(len(motion))
     left: dict[Key, list[Tensor]] = {}
     for run in _runs(groups, "ref", "delta"):
         by = run.scale(motion)
-        counts = None if ok is None else ok.to(by.device)
+        here = None if counts is None else counts.to(by.device)
         if run.slots[0].delta is None:
-            update_sq[run.slots[0].index] += _move_recomputed(run, by, counts).to(update_sq)
+            update_sq[run.slots[0].index] += _move_recomputed(run, by, here).to(update_sq)
         else:
-            _move(run, by, counts, left.setdefault(run.key, []))
+            _move(run, by, here, left.setdefault(run.key, []))
     return update_sq, left
 
 
@@ -297,14 +295,13 @@ def _move_recomputed(run: Run, motion: Tensor, counts: Tensor | None) -> Tensor:
         delta = _recomputed(before, ref, here).mul_(keep).add_(update)
         ref.addcmul_(delta, there * (1 - fade))
         new = torch.addcmul(ref, delta.mul_(fade), there)
-        x.copy_(new if counts is None else torch.where(counts, new, before))
+        x.copy_(new if counts is None else torch.where(counts | (here != there), new, before))
         update_sq += _dot(update, update)
     return update_sq
 
 
 def _finite(update: Tensor, counts: Tensor | None) -> Tensor:
-    """In place: an element whose update is not finite (0/0 in the base, say) stays; all do in a step that does not
-    count."""
+    """In place: an update that is not finite (0/0 in the base, say) is none, and none is one that does not count."""
     update.nan_to_num_(0.0, 0.0, 0.0)
     return update if counts is None else update.mul_(counts)
 

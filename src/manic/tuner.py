@@ -22,6 +22,8 @@ CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S gr
 SURPRISE = 2.0  # |h| and ‖g‖ are remembered up to so many times the largest, or the mean, of before
 FALL = 5.0  # log S falls by no more in one step
 SLACK = 0.9  # a fall of S by no more than this factor in a step does not draw x back
+WRECK = 2.0  # where log S would fall by this in a step, the gradient is from a place that x leaves: it is not followed
+PEAK = 0.99  # below this part of its highest so far the lr is taken to be on its way down
 
 
 @dataclass(frozen=True)
@@ -89,16 +91,18 @@ class Tuner(NamedTuple):
     grad_norm: Tensor  # []  mean of ‖g‖ over the steps, the later ones weighing more; "scale_free"
     keep: Tensor  # []  what was kept of Δ before the last update was added: 1 in "paper"
     fade: Tensor  # []  and after: 1 in "paper"
+    take: Tensor  # []  1: that update was added; 0: it was not. 1 in "paper"
+    peak: Tensor  # []  the largest lr so far, over the base lr; "scale_free"
     update_sq: Tensor  # []  ‖u‖² of the last step over this process's parameters, where Δ is recomputed
 
     @staticmethod
     def size(n: int) -> int:
         """Elements of the flat form for n betas."""
-        return 4 * n + 12
+        return 4 * n + 14
 
     @staticmethod
     def unpack(flat: Tensor, n: int) -> Tuner:
-        """Views of a flat [4n + 12] tensor."""
+        """Views of a flat [4n + 14] tensor."""
         return Tuner(*flat[: 4 * n].view(4, n), *flat[4 * n :])
 
     def pack(self) -> Tensor:
@@ -106,7 +110,7 @@ class Tuner(NamedTuple):
         return torch.cat([*self[:4], torch.stack(self[4:])])
 
 
-def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, unit: float) -> Tuner:
+def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, unit: float, lr: Tensor) -> Tuner:
     """One step of the tuner: Algorithm 1 from h_t to s_{t+1}.
 
     Args:
@@ -117,6 +121,7 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
         betas: ``options.betas`` as a [n] tensor on the state's device.
         options: variant, s_decay, s_init, eps, store_delta.
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
+        lr: 0-d, the lr of this step over the base lr.
     """
     delta_norm = torch.where(sums.delta_sq > 0, sums.delta_sq.sqrt(), old.delta_norm)
     # ‖u‖ is at least this. Two norms are compared over the same elements, or (once) to know the size of an update at
@@ -132,7 +137,7 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
         new = _paper(old, sums, betas, options)
     else:
         first = start if options.s_init is None else start.new_full((), options.s_init * unit)
-        new = _scale_free(old, sums, betas, options, first, torch.minimum(start, first), delta_norm)
+        new = _scale_free(old, sums, betas, options, first, torch.minimum(start, first), delta_norm, lr)
     if not options.store_delta:
         # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
         new = new._replace(scale=torch.maximum(new.scale, start))
@@ -155,11 +160,18 @@ def _paper(old: Tuner, sums: Sums, betas: Tensor, options: Options) -> Tuner:
     wealth = (options.s_init or PAPER_S_INIT) / betas.numel() * m + r
     s = _over(wealth, v.sqrt() + options.eps)
     one = torch.ones_like(h)
-    return old._replace(m=m, v=v, r=r, s=s, h=h, scale=s.sum(), keep=one, fade=one)
+    return old._replace(m=m, v=v, r=r, s=s, h=h, scale=s.sum(), keep=one, fade=one, take=one)
 
 
 def _scale_free(
-    old: Tuner, sums: Sums, betas: Tensor, options: Options, first: Tensor, least: Tensor, delta_norm: Tensor
+    old: Tuner,
+    sums: Sums,
+    betas: Tensor,
+    options: Options,
+    first: Tensor,
+    least: Tensor,
+    delta_norm: Tensor,
+    lr: Tensor,
 ) -> Tuner:
     """The log of S goes down the gradient h, in steps of h over its size so far: docs/algorithm.md.
 
@@ -179,17 +191,24 @@ def _scale_free(
     now = (v + CAUTION * m.square()).sqrt()
     then = (old.v + CAUTION * old.m.square()).sqrt()
     gain = _over(usual, now).mean()
-    loss = _over(h.abs(), torch.where(then > 0, then, now)).mean().clamp_max(FALL)
+    loss = _over(h.abs(), torch.where(then > 0, then, now)).mean()
 
-    scale = torch.where(old.scale > 0, old.scale, first) * torch.where(h < 0, gain, -loss).exp()
+    # A schedule on its way down is to be followed, not made up for: S moves less, and Δ forgets nothing more.
+    peak = torch.maximum(old.peak, lr)
+    share = _over(lr, peak)
+    scale = torch.where(old.scale > 0, old.scale, first)
+    scale = scale * (share * torch.where(h < 0, gain, -loss.clamp_max(FALL))).exp()
     scale = torch.maximum(scale, least)
 
     # A rise of S is for updates to come, and so is a gentle fall: x goes on by S·u. A steep fall draws x back.
     ratio = _over(scale, old.scale)
     keep = _over((ratio / SLACK).clamp_max(1), ratio)
-    fade = (old.steps + 2) / (old.steps + 3)  # Δ is a mean over the past, in which step t weighs as much as t
+    take = ((h < 0) | (loss < WRECK)).to(h.dtype)
+    # At the peak Δ is a mean over the past, in which step t weighs as much as t.
+    fade = torch.where(share < PEAK, 1, (old.steps + 2) / (old.steps + 3))
     zero = torch.zeros_like(old.m)
-    return old._replace(m=m, v=v, r=zero, s=zero, h=h, scale=scale, grad_norm=grad_norm, keep=keep, fade=fade)
+    learned = old._replace(m=m, v=v, r=zero, s=zero, h=h, scale=scale, grad_norm=grad_norm, peak=peak)
+    return learned._replace(keep=keep, fade=fade, take=take)
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
