@@ -89,21 +89,22 @@ def scale_free(
         h /= size
         size += 2 / (t + 2) * (min(norm(g), 2 * size) - size)
         usual = min(abs(h), 2 * max(m)) if any(m) else abs(h)
-        step = 0.0
+        step = wild = 0.0
         for i, beta in enumerate(betas):
             then = math.sqrt(v[i] + 4 * m[i] ** 2)
             m[i] = max(beta * m[i], usual)
             v[i] = beta**2 * v[i] + usual**2
             now = math.sqrt(v[i] + 4 * m[i] ** 2)
             if now:
+                wild += abs(h) / (then or now) / n
                 step += usual / now / n if h < 0 else -h / (then or now) / n
         peak = max(peak, schedule(t))
         share = schedule(t) / peak if peak else 0.0
-        before, total = total, max((total or first) * math.exp(share * max(step, -5)), min(start, first))
+        before, total = total, max((total or first) * math.exp(share * max(step, -3)), min(start, first))
         ratio = total / before if before else 0.0
         keep = min(ratio / 0.9, 1) / ratio if ratio else 0.0
         fade = 1.0 if share < 0.99 else (t + 2) / (t + 3)
-        u = base(x, g, schedule(t)) if step > -2 else [0.0 * ui for ui in base(x, [0.0] * len(x), schedule(t))]
+        u = base(x, g, schedule(t)) if wild < 2 else [0.0 * ui for ui in base(x, [0.0] * len(x), schedule(t))]
         kept = keep * norm(delta)
         whole = [keep * d + ui for d, ui in zip(delta, u, strict=True)]
         ref = [xi - before * d + total * (1 - fade) * w for xi, d, w in zip(x, delta, whole, strict=True)]

@@ -18,6 +18,7 @@ from manic import Mechanic, sweeps
 from manic.storage import Slot
 
 STEPS = 200
+WILD = 60  # the step whose gradient is, where that is asked for
 
 
 class Sign(torch.optim.Optimizer):
@@ -47,21 +48,34 @@ BASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[], oracle
 
 
 def run_both(
-    problem: Problem, base: str, dtype: torch.dtype, scheduled: bool, unit: float = 1.0, **options: Any
+    problem: Problem,
+    base: str,
+    dtype: torch.dtype,
+    scheduled: bool,
+    unit: float = 1.0,
+    wild: float = 1.0,
+    **options: Any,
 ) -> tuple[float, float]:
     """Gap of the parameters and relative gap of the scale after STEPS, Mechanic against the oracle.
 
     `unit`: the base lr, where the oracle's base works at 1/unit of it and its scale is unit times as large.
+    `wild`: what one of the gradients is multiplied with.
     """
     build, update = BASES[base]
     factor = cosine(STEPS) if scheduled else lambda t: 1.0
     parameters = problem.parameters(dtype)
     optimizer = build(parameters)
     mechanic = Mechanic(optimizer, LambdaLR(optimizer, factor) if scheduled else None, **options)
-    problem.train(parameters, mechanic, STEPS)
+    problem.train(parameters, mechanic, WILD)
+    for p in parameters:
+        p.register_hook(lambda grad: grad * wild if mechanic.param_groups[0]["mechanic_step"] == WILD else grad)
+    problem.train(parameters, mechanic, range(WILD, STEPS))
+
+    def gradient(x: list[float], t: int) -> list[float]:
+        return [g * (wild if t == WILD else 1) for g in problem.gradient(x, t)]
 
     start = flat(problem.parameters(dtype)).tolist()
-    trace = oracle.mechanic(start, problem.gradient, update(), lambda t: factor(t) / unit, STEPS, **options)
+    trace = oracle.mechanic(start, gradient, update(), lambda t: factor(t) / unit, STEPS, **options)
     *_, (x, scale) = trace
     assert scale > 1e-4, "the scale never started: the comparison would be vacuous"
     return gap(flat(parameters).detach(), x, start), abs(mechanic.scale.item() * unit - scale) / scale
@@ -98,6 +112,35 @@ def test_scale_free_is_its_own_equations(problem: Problem, base: str, unit: floa
     parameters_gap, scale_gap = run_both(problem, base, torch.float64, scheduled, unit, variant="scale_free")
     assert parameters_gap < 1e-10
     assert scale_gap < 1e-9
+
+
+@pytest.mark.parametrize("wild", [-1e4, 1e4], ids=["up", "down"])
+@pytest.mark.parametrize(("base", "unit"), [("sgd", 0.5), ("momentum", 0.1), ("adamw", 0.1)])
+def test_a_wild_gradient_is_its_own_equations(problem: Problem, base: str, unit: float, wild: float) -> None:
+    parameters_gap, scale_gap = run_both(problem, base, torch.float64, True, unit, wild, variant="scale_free")
+    assert parameters_gap < 1e-10
+    assert scale_gap < 1e-9
+
+
+@pytest.mark.parametrize("store_delta", [True, False], ids=["stored", "recomputed"])
+def test_a_wild_gradient_is_not_followed(problem: Problem, store_delta: bool) -> None:
+    """It pointed up the hill that was climbed down: x goes back towards x_ref, and the base has seen zeros."""
+    parameters = problem.parameters(torch.float64)
+    mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), store_delta=store_delta)
+    problem.train(parameters, mechanic, WILD)
+    refs = [mechanic.state[p]["mechanic_ref"].clone() for p in parameters]
+    deltas = [(p - ref) / mechanic.scale for p, ref in zip(parameters, refs, strict=True)]
+    scale = mechanic.scale.clone()
+    problem.loss(parameters, WILD).backward()
+    for p, delta in zip(parameters, deltas, strict=True):
+        p.grad.add_(1e4 * delta)
+    mechanic.step()
+    assert mechanic.scale == pytest.approx(scale.item() * math.exp(-3))
+    assert not any(p.grad.any() for p in parameters)
+    for p, ref, delta in zip(parameters, refs, deltas, strict=True):
+        new = mechanic.state[p]["mechanic_ref"]
+        torch.testing.assert_close(p.detach(), ref + mechanic.scale * delta / 0.9)
+        assert (new - ref).norm() < 0.1 * (p - ref).norm()
 
 
 def test_the_oracle_is_sensitive(problem: Problem) -> None:

@@ -20,9 +20,9 @@ PAPER_S_INIT = 1e-8
 RELATIVE_START = 1e-4  # the first update moves x by this fraction of 1 + ‖x_ref‖
 CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S grows by less than 1.6 in a step
 SURPRISE = 2.0  # |h| and ‖g‖ are remembered up to so many times the largest, or the mean, of before
-FALL = 5.0  # log S falls by no more in one step
+FALL = 3.0  # log S falls by no more in one step
 SLACK = 0.9  # a fall of S by no more than this factor in a step does not draw x back
-WRECK = 2.0  # where log S would fall by this in a step, the gradient is from a place that x leaves: it is not followed
+WILD = 2.0  # an |h| so many times what all of before add up to is a wreck's, or a bad batch's: no update follows it
 PEAK = 0.99  # below this part of its highest so far the lr is taken to be on its way down
 
 
@@ -191,19 +191,19 @@ def _scale_free(
     now = (v + CAUTION * m.square()).sqrt()
     then = (old.v + CAUTION * old.m.square()).sqrt()
     gain = _over(usual, now).mean()
-    loss = _over(h.abs(), torch.where(then > 0, then, now)).mean()
+    surprise = _over(h.abs(), torch.where(then > 0, then, now)).mean()
 
     # A schedule on its way down is to be followed, not made up for: S moves less, and Δ forgets nothing more.
     peak = torch.maximum(old.peak, lr)
     share = _over(lr, peak)
     scale = torch.where(old.scale > 0, old.scale, first)
-    scale = scale * (share * torch.where(h < 0, gain, -loss.clamp_max(FALL))).exp()
+    scale = scale * (share * torch.where(h < 0, gain, -surprise.clamp_max(FALL))).exp()
     scale = torch.maximum(scale, least)
 
     # A rise of S is for updates to come, and so is a gentle fall: x goes on by S·u. A steep fall draws x back.
     ratio = _over(scale, old.scale)
     keep = _over((ratio / SLACK).clamp_max(1), ratio)
-    take = ((h < 0) | (loss < WRECK)).to(h.dtype)
+    take = (surprise < WILD).to(h.dtype)
     # At the peak Δ is a mean over the past, in which step t weighs as much as t.
     fade = torch.where(share < PEAK, 1, (old.steps + 2) / (old.steps + 3))
     zero = torch.zeros_like(old.m)
