@@ -6,6 +6,8 @@ Every contender trains every task (tasks.py) with every base optimizer and sched
 
 L being the validation loss at the end. The grid goes by half decades; three seeds choose its winner, three others score
 it and the contenders, seed against seed. Runs go to a CSV as they end, and a benchmark that was killed goes on there.
+
+`--ablation` runs, instead of the peers, manic with one of its rules changed at a time.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tasks import TASKS, chargpt
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manic import Mechanic
+from manic import Mechanic, tuner
 
 CHOOSE, SCORE = (0, 1, 2), (3, 4, 5)  # seeds
 SCHEDULES = ("constant", "cosine")
@@ -217,6 +221,7 @@ class Contender:
     build: Callable[[Any, nn.Module, Run], Stepper]
     schedules: tuple[str, ...] = SCHEDULES
     dtype: torch.dtype = torch.float32  # of the parameters
+    constants: tuple[tuple[str, float], ...] = ()  # of manic.tuner, other than they are
 
 
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
@@ -276,6 +281,27 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
+def changed(options: dict[str, Any] | None = None, **constants: float) -> Contender:
+    return Contender("manic", ALL, (USUAL,), manic(**(options or {})), constants=tuple(constants.items()))
+
+
+ABLATION = {
+    "Δ = Σu: no forgetting": changed(PEAK=math.inf),
+    "Δ forgets while the lr falls too": changed(PEAK=0.0),
+    "x is drawn back by every fall": changed(SLACK=1.0),
+    "x is never drawn back": changed(SLACK=1e-30),
+    "every update is followed": changed(WILD=math.inf),
+    "S falls by any factor": changed(FALL=math.inf),
+    "|h| and ‖g‖ are remembered in full": changed(SURPRISE=math.inf),
+    "no caution: h/√v": changed(CAUTION=0.0),
+    "one memory: β = 0.999999": changed({"betas": (0.999999,)}),
+    "λ = 0": changed({"s_decay": 0.0}),
+    "start ten times higher": changed(RELATIVE_START=1e-3),
+    "start ten times lower": changed(RELATIVE_START=1e-5),
+}
+CONTENDERS |= ABLATION
+
+
 def train(run: Run) -> dict[str, Any]:
     """The run's losses: validation before and after, and the mean of the last tenth of the steps."""
     torch.set_num_threads(1)
@@ -285,14 +311,15 @@ def train(run: Run) -> dict[str, Any]:
     initial = task.validate(model)
     stepper = contender.build(importlib.import_module(contender.module), model, run)
     losses = []
-    for step in range(run.steps):
-        model.zero_grad()
-        loss = task.loss(model, task.batch(1_000_000 * run.seed + step))
-        if not math.isfinite(float(loss)):
-            break
-        loss.backward()
-        stepper.step()
-        losses.append(float(loss))
+    with mock.patch.multiple(tuner, **dict(contender.constants)) if contender.constants else nullcontext():
+        for step in range(run.steps):
+            model.zero_grad()
+            loss = task.loss(model, task.batch(1_000_000 * run.seed + step))
+            if not math.isfinite(float(loss)):
+                break
+            loss.backward()
+            stepper.step()
+            losses.append(float(loss))
     final = task.validate(stepper.evaluated(model)) if len(losses) == run.steps else math.inf
     return {**asdict(run), "initial": initial, "final": final, "train": statistics.fmean(losses[-run.steps // 10 :])}
 
@@ -333,6 +360,13 @@ def winners(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], Run]:
         if run.cell not in best or statistics.fmean(found) < statistics.fmean(losses[best[run.cell]]):
             best[run.cell] = run
     return best
+
+
+def at_the_edge(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The cells whose best lr may lie beyond the grid."""
+    for run in winners(rows).values():
+        if run.lr in (grid(run.base)[0], grid(run.base)[-1]):
+            yield f"{' '.join(run.cell)}: the best lr of the grid, {run.lr:g}, is its last"
 
 
 def of(row: dict[str, Any]) -> Run:
@@ -400,18 +434,25 @@ def excess(rows: list[dict[str, Any]]) -> Excess:
 
 
 def table(found: Excess) -> str:
-    """One line per contender and base lr: mean and worst e over the cells, and the mean by task."""
+    """One line per contender and base lr: e over the cells, manic's on the same cells, how far the seeds are apart in a
+    cell, how many runs were lost (e = 1), and the mean by task."""
     tasks = [task for task in TASKS if any(cell[0] == task for cells in found.values() for cell in cells)]
-    lines = [
-        f"| contender | base lr | cells | mean e | worst e | {' | '.join(tasks)} |",
-        "|---" * (len(tasks) + 5) + "|",
-    ]
+    ours = found.get(("manic", USUAL), {})
+    head = "| contender | base lr | cells | mean e | worst e | manic there | between seeds | lost |"
+    lines = [f"{head} {' | '.join(tasks)} |", "|---" * (len(tasks) + 8) + "|"]
     for (name, lr), cells in found.items():
         means = {cell: statistics.fmean(values) for cell, values in cells.items()}
+        there = [statistics.fmean(ours[cell]) for cell in cells if cell in ours]
         by_task = [[e for cell, e in means.items() if cell[0] == task] for task in tasks]
-        columns = [f"{statistics.fmean(es):.3f}" if es else "–" for es in by_task]
-        overall = f"{statistics.fmean(means.values()):.3f} | {max(means.values()):.3f}"
-        lines.append(f"| {name} | {lr:g} | {len(means)} | {overall} | {' | '.join(columns)} |")
+        columns = [
+            f"{statistics.fmean(means.values()):.3f}",
+            f"{max(means.values()):.3f}",
+            f"{statistics.fmean(there):.3f}, {max(there):.3f}" if there and name != "manic" else "",
+            f"{statistics.fmean(max(values) - min(values) for values in cells.values()):.3f}",
+            f"{sum(e >= 1 for values in cells.values() for e in values)}",
+            *(f"{statistics.fmean(es):.3f}" if es else "–" for es in by_task),
+        ]
+        lines.append(f"| {name} | {lr:g} | {len(means)} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
@@ -484,23 +525,29 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="at a time, one thread each (default: 2)")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="default: all")
     parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES), help="default: all")
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="*", choices=list(CONTENDERS), help="default: all but the ablation's")
+    parser.add_argument("--ablation", action="store_true", help="manic with one rule changed at a time")
     parser.add_argument("--quick", action="store_true", help="few cells, one seed, and loose bounds that must hold")
     args = parser.parse_args()
     path = args.out / ("quick.csv" if args.quick else "runs.csv")
+    names = args.contenders or [name for name in CONTENDERS if name not in ABLATION]
+    if args.ablation:
+        names = ["tuned", "manic", *ABLATION]
     steps = {task: TASKS[task].steps for task in args.tasks}
     if args.quick:
-        steps, args.contenders = {task: TASKS[task].steps for task in ("logreg", "MLP", "CNN")}, ["tuned", "manic"]
+        steps, names = {task: TASKS[task].steps for task in ("logreg", "MLP", "CNN")}, ["tuned", "manic"]
         args.bases = ["momentum", "AdamW"]
         path.unlink(missing_ok=True)
-    runs = planned(steps, args.contenders, args.bases, args.quick)
+    runs = planned(steps, names, args.bases, args.quick)
     rows = carry_out(runs, path, args.processes)
     score = SCORE[:1] if args.quick else SCORE
     rows = carry_out([replace(run, seed=s) for run in winners(rows).values() for s in score], path, args.processes)
-    found = excess(rows)
+    found = {(name, lr): cells for (name, lr), cells in excess(rows).items() if name in names}
+    for edge in at_the_edge(rows):
+        print(edge)
     print(table(found))
     print(f"\nspread of manic's e over the base lr, any cell: {spread(found, 'manic'):.4f}")
-    (args.out / "table.md").write_text(table(found) + "\n", encoding="utf-8")
+    (args.out / ("ablation.md" if args.ablation else "table.md")).write_text(table(found) + "\n", encoding="utf-8")
     chart(rows, args.out / "loss_against_lr.png")
     faults = list(quick_check(found)) if args.quick else []
     sys.exit("\n".join(faults) if faults else 0)

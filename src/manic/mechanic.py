@@ -155,7 +155,8 @@ class Mechanic(Optimizer):
 
         A gradient that is not finite (or whose squares overflow float32) changes nothing but the count of
         skipped steps: on the CPU the base and the scheduler are not stepped at all; elsewhere, where looking
-        at the flag would stall the device, the base sees gradients of zero.
+        at the flag would stall the device, the base sees gradients of zero. So it does, with "scale_free", where
+        ⟨Δ, g⟩ is a multiple of all that was seen before: the scale takes notice, but no update follows.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, under ``enable_grad``, and as
