@@ -143,6 +143,28 @@ def test_a_wild_gradient_is_not_followed(problem: Problem, store_delta: bool) ->
         assert (new - ref).norm() < 0.1 * (p - ref).norm()
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["numbers", "tensors"])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_the_lr_is_falling_where_that_of_every_group_is(problem: Problem, per_group: bool, kind: Any) -> None:
+    """By the group with the highest lr; with per_group each by its own. The base lr does not enter."""
+    parameters = problem.parameters()
+    groups = [{"params": [p], "lr": kind(lr)} for p, lr in zip(parameters, (1e-3, 3e-3), strict=True)]
+    mechanic = Mechanic(torch.optim.AdamW(groups), per_group=per_group)
+
+    def fades() -> list[bool]:
+        return (mechanic._read("fade") < 1).tolist()
+
+    problem.train(parameters, mechanic, 5)
+    assert fades() == [True] * (1 + per_group)
+    mechanic.param_groups[0]["lr"] /= 2
+    problem.train(parameters, mechanic, 2)
+    assert fades() == ([False, True] if per_group else [True])
+    mechanic.param_groups[1]["lr"] = mechanic.param_groups[1]["lr"] / 2
+    problem.train(parameters, mechanic, 2)
+    assert fades() == [False] * (1 + per_group)
+    assert mechanic._read("peak").tolist() == pytest.approx([1 / 3, 1.0] if per_group else [1.0])
+
+
 def test_the_oracle_is_sensitive(problem: Problem) -> None:
     """The comparisons above can fail: another λ is seen at once."""
     start = problem.start
