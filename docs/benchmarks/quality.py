@@ -440,7 +440,7 @@ def table(found: Excess) -> str:
     ours = found.get(("manic", USUAL), {})
     head = "| contender | base lr | cells | mean e | worst e | manic there | between seeds | lost |"
     lines = [f"{head} {' | '.join(tasks)} |", "|---" * (len(tasks) + 8) + "|"]
-    for (name, lr), cells in found.items():
+    for (name, lr), cells in sorted(found.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1])):
         means = {cell: statistics.fmean(values) for cell, values in cells.items()}
         there = [statistics.fmean(ours[cell]) for cell in cells if cell in ours]
         by_task = [[e for cell, e in means.items() if cell[0] == task] for task in tasks]

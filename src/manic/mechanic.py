@@ -183,7 +183,7 @@ class Mechanic(Optimizer):
         else:
             motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
             motion = torch.where(ok, motion, still(before))
-            counts = ok & (_field(tuners, "take") > 0).all()
+            counts = ok & (_field(tuners, "take") > 0)
             self._propose(active, closure, before, counts)  # x_t + u_t
             update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
             hold(idle, before, motion[:, 1])
@@ -761,8 +761,8 @@ def _known_false(ok: Tensor) -> bool:
     return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
 
 
-def _known_true(ok: Tensor) -> bool:
-    return _on_host(ok) and len(ok.nonzero()) > 0
+def _known_true(counts: Tensor) -> bool:
+    return _on_host(counts) and not _known_false(counts)
 
 
 def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried
     Args:
         groups: the parameters with a gradient, as :func:`measure` left them.
         motion: [k, 4], S_t, S_{t+1}, keep and fade of each learned scale.
-        counts: 0-d bool. False: u_t is taken to be 0, whatever the base did. None: known to be true.
+        counts: [k] bool. False: u_t is taken to be 0, whatever the base did. None: all are known to be true.
         carried: what :func:`measure` was given.
 
     Returns:
@@ -229,7 +229,8 @@ def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried
         if group.kernels is not None:
             memory = _memory(group, carried)
             by = _as_wanted(motion, group.slots[0])
-            group.kernels.move(group.slots, by, None if counts is None else counts.to(by.device), memory)
+            here = None if counts is None else counts[group.slots[0].index].to(by.device)
+            group.kernels.move(group.slots, by, here, memory)
             memory.known = True
             carries[group.identity] = memory
     eager = [group.slots for group in groups if group.kernels is None]
@@ -251,7 +252,7 @@ def _move_eagerly(
     left: dict[Key, list[Tensor]] = {}
     for run in _runs(groups, "ref", "delta"):
         by = run.scale(motion)
-        here = None if counts is None else counts.to(by.device)
+        here = None if counts is None else counts[run.slots[0].index].to(by.device)
         if run.slots[0].delta is None:
             update_sq[run.slots[0].index] += _move_recomputed(run, by, here).to(update_sq)
         else:
@@ -307,14 +308,15 @@ def _finite(update: Tensor, counts: Tensor | None) -> Tensor:
 
 
 @disable_dynamo
-def discard(groups: Sequence[Group], ok: Tensor, carried: Carried) -> None:
-    """The gradients become 0 unless `ok`, 0-d bool: for devices that would have to wait for the host to know it."""
+def discard(groups: Sequence[Group], counts: Tensor, carried: Carried) -> None:
+    """The gradients become 0 where `counts`, [k] bool, is False: some devices would have to wait for the host to know."""
     for group in groups:
-        counts = ok.to(group.slots[0].ref.device)
+        slot = group.slots[0]
+        here = counts[slot.index].to(slot.ref.device)
         if group.kernels is not None:
-            group.kernels.discard(group.slots, counts, _memory(group, carried))
+            group.kernels.discard(group.slots, here, _memory(group, carried))
         else:
-            discard_eagerly(group.slots, counts)
+            discard_eagerly(group.slots, here)
 
 
 def hold(slots: Sequence[Slot], before: Tensor, after: Tensor) -> None:
