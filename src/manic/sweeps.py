@@ -309,7 +309,7 @@ def _finite(update: Tensor, counts: Tensor | None) -> Tensor:
 
 @disable_dynamo
 def discard(groups: Sequence[Group], counts: Tensor, carried: Carried) -> None:
-    """The gradients become 0 where `counts`, [k] bool, is False: some devices would have to wait for the host to know."""
+    """The gradients become 0 where `counts`, [k] bool, is False, for devices that would have to wait for the host."""
     for group in groups:
         slot = group.slots[0]
         here = counts[slot.index].to(slot.ref.device)
