@@ -165,6 +165,18 @@ def test_the_lr_is_falling_where_that_of_every_group_is(problem: Problem, per_gr
     assert mechanic._read("peak").tolist() == pytest.approx([1 / 3, 1.0] if per_group else [1.0])
 
 
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_a_lower_lr_is_not_made_up_for(problem: Problem, base: str) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(INVARIANT[base](parameters, 1e-3))
+    problem.train(parameters, mechanic, 200)
+    for group in mechanic.param_groups:
+        group["lr"] *= 0.01
+    lowered = mechanic.effective_lr()[0]
+    problem.train(parameters, mechanic, 400)
+    assert mechanic.effective_lr()[0] == pytest.approx(lowered, rel=0.2)
+
+
 def test_the_oracle_is_sensitive(problem: Problem) -> None:
     """The comparisons above can fail: another λ is seen at once."""
     start = problem.start
