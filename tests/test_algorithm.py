@@ -174,7 +174,7 @@ def test_a_lower_lr_is_not_made_up_for(problem: Problem, base: str) -> None:
         group["lr"] *= 0.01
     lowered = mechanic.effective_lr()[0]
     problem.train(parameters, mechanic, 400)
-    assert mechanic.effective_lr()[0] == pytest.approx(lowered, rel=0.2)
+    assert mechanic.effective_lr()[0] == pytest.approx(lowered, rel=0.5)
 
 
 def test_the_oracle_is_sensitive(problem: Problem) -> None:

@@ -305,6 +305,7 @@ CONTENDERS |= ABLATION
 def train(run: Run) -> dict[str, Any]:
     """The run's losses: validation before and after, and the mean of the last tenth of the steps."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # runs that have diverged may stay finite, and take ten times as long
     warnings.simplefilter("ignore")
     task, contender = TASKS[run.task], CONTENDERS[run.contender]
     model = task.start(run.seed).to(contender.dtype)
