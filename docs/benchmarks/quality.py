@@ -329,7 +329,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def planned(steps: dict[str, int], contenders: Iterable[str], bases: Iterable[str], quick: bool) -> list[Run]:
-    """Every run but the scoring ones of the grid, whose lr is not known yet."""
+    """Every run but the scoring ones of the grid, whose lr is not known yet. `quick`: one seed, and fewer lrs."""
     runs = []
     for task, count in steps.items():
         for name in contenders:
@@ -337,7 +337,7 @@ def planned(steps: dict[str, int], contenders: Iterable[str], bases: Iterable[st
             if importlib.util.find_spec(contender.module) is None:
                 continue
             for base in (b for b in contender.bases if b in bases):
-                lrs = grid(base) if name == "tuned" else contender.lrs
+                lrs = grid(base)[:: 1 + quick] if name == "tuned" else contender.lrs[:: 1 + 2 * quick]
                 for schedule in contender.schedules:
                     if task == "GPT long" and (base, schedule) != ("AdamW", "cosine"):
                         continue
