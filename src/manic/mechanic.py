@@ -183,7 +183,7 @@ class Mechanic(Optimizer):
         else:
             motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
             motion = torch.where(ok, motion, still(before))
-            counts = ok & (_field(tuners, "take") > 0)
+            counts = ok & (_field(tuners, "take") > 0)  # whether u_t is followed
             self._propose(active, closure, before, counts)  # x_t + u_t
             update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
             hold(idle, before, motion[:, 1])
@@ -757,7 +757,7 @@ def _on_host(ok: Tensor) -> bool:
 
 
 def _known_false(ok: Tensor) -> bool:
-    # The one look at a value, in host memory. Not `not ok`, which is `item()`: that has no place in a step.
+    # A look at a value in host memory. Not `not ok`, which is `item()`: that has no place in a step.
     return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
 
 
