@@ -96,7 +96,7 @@ def test_excess_goes_by_seed_and_by_the_lr_that_other_seeds_have_chosen(tmp_path
     assert few == pytest.approx([0.1, 0.2])
     assert broken == [1.0]
     assert quality.spread(found, "manic") == pytest.approx(0.9)
-    assert "| manic | 1e-08 | 1 | 0.150 | 0.150 |" in quality.table(found)
+    assert "| manic | 1e-08 | 1 | 0.150 | 0.150 |  | 0.100 | 0 | 0.150 |" in quality.table(found)
 
 
 def test_a_csv_that_was_cut_is_read_up_to_there(tmp_path: Path) -> None:

@@ -181,9 +181,7 @@ class Mechanic(Optimizer):
         if _known_false(ok):
             self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
         else:
-            motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
-            motion = torch.where(ok, motion, still(before))
-            counts = ok & (_field(tuners, "take") > 0)  # whether u_t is followed
+            motion, counts = _verdict(before, tuners, ok)
             self._propose(active, closure, before, counts)  # x_t + u_t
             update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
             hold(idle, before, motion[:, 1])
@@ -297,13 +295,13 @@ class Mechanic(Optimizer):
         return over_group(total, self.process_group)
 
     @disable_dynamo
-    def _move(self, active: Active, motion: Tensor, counts: Tensor) -> Tensor:
+    def _move(self, active: Active, motion: Tensor, counts: Tensor | None) -> Tensor:
         """The second pass; returns ‖u_t‖² over this process's share of the parameters, [k]."""
         layouts = list(active)
         update_sq = motion.new_zeros(len(motion))
         carries: Carried = {}
         for layout, mine in active.items():
-            part, left = move(mine, motion, None if _known_true(counts) else counts, self._carried)
+            part, left = move(mine, motion, counts, self._carried)
             carries |= left
             # The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
             update_sq += part if shards(layout) > 1 else part / shards(layouts[0])
@@ -343,16 +341,18 @@ class Mechanic(Optimizer):
             flat.copy_(tuner.pack())
         self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
 
-    def _propose(self, active: Active, closure: Callable[[], Any] | None, before: Tensor, counts: Tensor) -> None:
+    def _propose(
+        self, active: Active, closure: Callable[[], Any] | None, before: Tensor, counts: Tensor | None
+    ) -> None:
         """The base optimizer's own step: the parameters hold x_t + u_t. If it raises, they hold x_t again."""
-        if not _known_true(counts):
+        if counts is not None:
             for mine in active.values():
                 discard(mine, counts, self._carried)
         try:
             self._step_base(closure)
         except BaseException:
             for mine in active.values():
-                move(mine, still(before), torch.zeros_like(counts), self._carried)
+                move(mine, still(before), torch.zeros_like(before, dtype=torch.bool), self._carried)
             raise
 
     def _step_base(self, closure: Callable[[], Any] | None) -> None:
@@ -761,8 +761,14 @@ def _known_false(ok: Tensor) -> bool:
     return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
 
 
-def _known_true(counts: Tensor) -> bool:
-    return _on_host(counts) and not _known_false(counts)
+def _verdict(before: Tensor, tuners: list[Tuner], ok: Tensor) -> tuple[Tensor, Tensor | None]:
+    """S_t, S_{t+1}, keep and fade of each learned scale, [k, 4], and whether u_t is followed, [k] bool; None: all are,
+    and the host knows it. A step that does not count moves nothing."""
+    motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
+    counts = ok & (_field(tuners, "take") > 0)
+    if _on_host(counts) and not _known_false(counts):
+        return motion, None
+    return torch.where(ok, motion, still(before)), counts
 
 
 def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:

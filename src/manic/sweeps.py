@@ -229,8 +229,7 @@ def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried
         if group.kernels is not None:
             memory = _memory(group, carried)
             by = _as_wanted(motion, group.slots[0])
-            here = None if counts is None else counts[group.slots[0].index].to(by.device)
-            group.kernels.move(group.slots, by, here, memory)
+            group.kernels.move(group.slots, by, _counts(counts, group.slots[0]), memory)
             memory.known = True
             carries[group.identity] = memory
     eager = [group.slots for group in groups if group.kernels is None]
@@ -252,11 +251,11 @@ def _move_eagerly(
     left: dict[Key, list[Tensor]] = {}
     for run in _runs(groups, "ref", "delta"):
         by = run.scale(motion)
-        here = None if counts is None else counts[run.slots[0].index].to(by.device)
+        counted = _counts(counts, run.slots[0])
         if run.slots[0].delta is None:
-            update_sq[run.slots[0].index] += _move_recomputed(run, by, here).to(update_sq)
+            update_sq[run.slots[0].index] += _move_recomputed(run, by, counted).to(update_sq)
         else:
-            _move(run, by, here, left.setdefault(run.key, []))
+            _move(run, by, counted, left.setdefault(run.key, []))
     return update_sq, left
 
 
@@ -309,14 +308,14 @@ def _finite(update: Tensor, counts: Tensor | None) -> Tensor:
 
 @disable_dynamo
 def discard(groups: Sequence[Group], counts: Tensor, carried: Carried) -> None:
-    """The gradients become 0 where `counts`, [k] bool, is False, for devices that would have to wait for the host."""
+    """The gradients become 0 where `counts`, [k] bool, is False; no host has to know where that is."""
     for group in groups:
-        slot = group.slots[0]
-        here = counts[slot.index].to(slot.ref.device)
+        counted = _counts(counts, group.slots[0])
+        assert counted is not None
         if group.kernels is not None:
-            group.kernels.discard(group.slots, here, _memory(group, carried))
+            group.kernels.discard(group.slots, counted, _memory(group, carried))
         else:
-            discard_eagerly(group.slots, here)
+            discard_eagerly(group.slots, counted)
 
 
 def hold(slots: Sequence[Slot], before: Tensor, after: Tensor) -> None:
@@ -409,6 +408,11 @@ def _identity(slots: Sequence[Slot]) -> Identity:
 def _as_wanted(scales: Tensor, slot: Slot) -> Tensor:
     """Of [k, …] for every learned scale that of a parameter, in the dtype and on the device of its x_ref."""
     return scales[slot.index].to(device=slot.ref.device, dtype=slot.ref.dtype.to_real())
+
+
+def _counts(counts: Tensor | None, slot: Slot) -> Tensor | None:
+    """Of [k] for every learned scale that of a parameter, on the device of its x_ref. None stays None."""
+    return None if counts is None else counts[slot.index].to(slot.ref.device)
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -207,8 +207,9 @@ def _scale_free(
     # At the peak Δ is a mean over the past, in which step t weighs as much as t.
     fade = torch.where(share < PEAK, 1, (old.steps + 2) / (old.steps + 3))
     zero = torch.zeros_like(old.m)
-    learned = old._replace(m=m, v=v, r=zero, s=zero, h=h, scale=scale, grad_norm=grad_norm, peak=peak)
-    return learned._replace(keep=keep, fade=fade, take=take)
+    return old._replace(
+        m=m, v=v, r=zero, s=zero, h=h, scale=scale, grad_norm=grad_norm, peak=peak, keep=keep, fade=fade, take=take
+    )
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
