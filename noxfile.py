@@ -102,10 +102,10 @@ def demo(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Time, memory and exactness beside the peers; tables, JSON and a bar chart in out/bench. Wants a quiet machine.
 
-    `nox -s bench -- quick` runs every script on little, to see that they run.
+    `nox -s bench -- quick` runs every script on little and without the peers, to see that they run.
     """
     peers = ("mechanic-pytorch", "prodigyopt", "schedulefree", "optax")
-    install(session, ".[demo]", "numpy", "ninja", *peers)
+    install(session, ".[demo]", "numpy", "ninja", *(() if "quick" in session.posargs else peers))
     out = ROOT / "out" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     quick = {

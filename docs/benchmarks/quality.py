@@ -481,6 +481,8 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     }
     mine = [r for r in rows if (r["base"], r["schedule"], r["seed"]) == ("AdamW", "cosine", SCORE[0])]
     tasks = [task for task in TASKS if any(r["task"] == task and r["contender"] == "manic" for r in mine)]
+    if not tasks:
+        return
     columns = min(3, len(tasks))
     figure, panels = plt.subplots(-(-len(tasks) // columns), columns, figsize=(3.6 * columns, 6), squeeze=False)
     for panel in panels.flat[len(tasks) :]:
