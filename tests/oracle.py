@@ -81,8 +81,8 @@ def scale_free(
     for t in range(steps):
         g = gradient(x, t)
         largest = max(largest, abs(norm(delta) / fade - kept))
-        start = 1e-4 * (1 + origin) / largest if largest else 0.0
-        first = start if s_init is None else s_init
+        whole = (1 + origin) / largest if largest else 0.0
+        first = 1e-3 * whole if s_init is None else s_init
         far = total * norm(delta) / norm(x)
         h = dot(delta, [gi + s_decay * far * norm(g) / norm(x) * xi for gi, xi in zip(g, x, strict=True)])
         size = size or norm(g)
@@ -100,7 +100,7 @@ def scale_free(
                 step += usual / now / n if h < 0 else -h / (then or now) / n
         peak = max(peak, schedule(t))
         share = schedule(t) / peak if peak else 0.0
-        before, total = total, max((total or first) * math.exp(share * max(step, -3)), min(start, first))
+        before, total = total, max((total or first) * math.exp(share * max(step, -3)), min(1e-6 * whole, first))
         ratio = total / before if before else 0.0
         keep = min(ratio / 0.9, 1) / ratio if ratio else 0.0
         fade = 1.0 if share < 0.99 else (t + 2) / (t + 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import torch
 from conftest import free_port
 from test_readme import snippets
 
-from manic import Mechanic
+from manic import Mechanic, callbacks
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -111,5 +113,112 @@ def test_the_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
             optimizer = getattr(owner, "optimizers", [None])[0] or getattr(owner, "optimizer", owner)
             trained.append(getattr(optimizer, "optimizer", optimizer))
     mechanics = {id(each): each for each in trained if isinstance(each, Mechanic)}.values()
-    assert [int(each.param_groups[0]["mechanic_step"]) for each in mechanics] == [steps] * 4
-    assert all(each.scale > 0 for each in mechanics)
+    assert [int(each.param_groups[0]["mechanic_step"]) for each in mechanics] == [*[steps] * 4, 0]
+    assert all(each.scale > 0 for each in list(mechanics)[:4])
+
+
+# ---------------------------------------------------------------------- callbacks
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_logs_the_metrics(accumulate: int, tmp_path: Path) -> None:
+    import lightning as pl
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = frameworks.Net()
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self.net(**batch)["loss"]
+
+        def configure_optimizers(self) -> Any:
+            return frameworks.optimizer_of(self, inside=True)[0]
+
+    bar: list[Any] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            bar.append(trainer.progress_bar_metrics.get("effective_lr"))
+
+    loader = torch.utils.data.DataLoader(frameworks.Data(), batch_size=8)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[callbacks.lightning(), Watch()],
+        logger=CSVLogger(tmp_path, name="", version=""),
+        log_every_n_steps=4,
+        accumulate_grad_batches=accumulate,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), loader)
+    (mechanic,) = trainer.optimizers
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["mechanic/scale"]]
+    steps = frameworks.STEPS // accumulate
+    assert [int(row["step"]) for row in rows] == list(range(4, steps + 1, 4))
+    assert {name: float(rows[-1][f"mechanic/{name}"]) for name in mechanic.metrics()} == mechanic.metrics()
+    assert bar[-1] == pytest.approx(mechanic.effective_lr()[0], rel=1e-6)
+    assert mechanic.scale > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_logs_the_effective_lr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Reporter(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[dict[str, float]] = []
+
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            self.seen.append(dict(logs))
+
+    net, reporter = frameworks.Net(), Reporter()
+    mechanic, schedule = frameworks.optimizer_of(net, inside=False)
+    trainer = Trainer(
+        model=net,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), max_steps=frameworks.STEPS, logging_steps=4, report_to=[], use_cpu=True
+        ),
+        train_dataset=frameworks.Data(),
+        optimizers=(mechanic, schedule),
+        callbacks=[reporter],
+    )
+    trainer.callback_handler.callbacks.insert(0, callbacks.transformers())
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert [entry["step"] for entry in history] == list(range(4, frameworks.STEPS + 1, 4))
+    for entry, seen in zip(history, reporter.seen, strict=False):  # the reporter sees the end as well
+        share = 0.5 * (1 + math.cos(math.pi * (entry["step"] - 1) / frameworks.STEPS))
+        assert entry["learning_rate"] > 0
+        assert entry["learning_rate"] == pytest.approx(1e-3 * share * entry["mechanic/scale"], rel=1e-6)
+        assert seen["learning_rate"] == entry["learning_rate"]
+        assert seen["mechanic/skipped"] == 0
+    metrics = mechanic.metrics()
+    assert {name: history[-1][f"mechanic/{name}"] for name in metrics} == metrics
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    net = frameworks.Net()
+    with SummaryWriter(tmp_path) as writer:
+        base = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        mechanic = Mechanic(base, log_func=callbacks.tensorboard(writer), log_every=10)
+        for i in range(30):
+            net(**torch.utils.data.default_collate([frameworks.Data()[i]]))["loss"].backward()
+            mechanic.step()
+            mechanic.zero_grad()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for name, value in mechanic.metrics().items():
+        scalars = events.Scalars(f"mechanic/{name}")
+        assert [scalar.step for scalar in scalars] == [10, 20, 30]
+        assert scalars[-1].value == pytest.approx(value, rel=1e-6)
+    assert mechanic.scale > 0

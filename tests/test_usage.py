@@ -288,12 +288,13 @@ def test_layouts(store_delta: bool) -> None:
     """0-d, empty, transposed, strided with holes, channels_last: the same as one flat vector."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(), (0, 3), (3, 4), (5,), (2, 3, 4, 2)]
-    values = [torch.randn(s, generator=generator) for s in shapes]
+    # In float64: what the order of sums changes in float32 grows on the way to the minimum.
+    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     odd = [
         values[0].clone(),
         values[1].clone(),
         values[2].t().contiguous().t(),
-        torch.zeros(10)[::2].copy_(values[3]),
+        torch.zeros(10, dtype=torch.float64)[::2].copy_(values[3]),
         values[4].to(memory_format=torch.channels_last),
     ]
     assert not odd[2].is_contiguous()
@@ -310,7 +311,7 @@ def test_layouts(store_delta: bool) -> None:
         if store_delta:
             assert mechanic.state[parameters[4]]["mechanic_delta"].stride() == parameters[4].stride()
     assert results[0][1] > 1e-3
-    assert gap(results[0][0], results[1][0], flat(values)) < 1e-4
+    assert gap(results[0][0], results[1][0], flat(values)) < 1e-9
 
 
 def test_taking_turns_does_not_look_like_large_updates() -> None:
@@ -703,8 +704,7 @@ def test_log_func(problem: Problem) -> None:
     assert seen[-1]["s"] == mechanic.scale.item() > 0
     assert isinstance(seen[-1]["s"], float)
     assert isinstance(seen[-1]["h"], float)
-    assert seen[-1]["effective_lr"] == mechanic.effective_lr()
-    assert seen[-1]["skipped"] == 0
+    assert seen[-1] == {"iter_count": 15, "s": mechanic.scale.item(), **mechanic.metrics()}
 
 
 def test_log_goes_on_where_it_was_after_a_resume(problem: Problem) -> None:
@@ -724,7 +724,7 @@ def test_log_of_groups_and_to_the_logger(problem: Problem, caplog: pytest.LogCap
     mechanic = Mechanic(torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1), per_group=True, log_every=3)
     with caplog.at_level(logging.INFO, logger="manic"):
         problem.train(parameters, mechanic, 3)
-    assert "step 3: scale [" in caplog.text
+    assert "step 3: scale/0 " in caplog.text
 
 
 def test_mechanize_is_the_class_door(problem: Problem) -> None:

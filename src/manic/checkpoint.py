@@ -11,9 +11,9 @@ import copy
 import dataclasses
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,15 +125,16 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
         state_dict = {**state_dict, "state": _by_number(state_dict)}
         groups = _check_groups(mechanic, state_dict)
         plain = not any("mechanic_state" in group for group in groups)
-        tuned = (mechanic._options, 0.0, True, False) if plain else _check_tuner(mechanic, groups)
-        _check_state(mechanic, state_dict, tuned[0], frozen=tuned[-1])
+        saved = None if plain else _check_tuner(mechanic, groups)
+        options, frozen = (mechanic._options, False) if saved is None else (saved.options, saved.frozen)
+        _check_state(mechanic, state_dict, options, frozen=frozen)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
             "this is no optimizer state: it must be a dict with 'state' and 'param_groups', as state_dict() returns it "
             f"(of a checkpoint with several entries, pass the optimizer's): {error!r}"
         ) from error
 
-    if plain:
+    if saved is None:
         warn(
             f"the checkpoint is that of a plain optimizer: the state of {type(mechanic.base_optimizer).__name__} "
             "is loaded, and the tuner starts afresh"
@@ -141,10 +142,11 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
         _load_base(mechanic, state_dict)
         mechanic._start_afresh()
         return
-    _name_differences(mechanic, groups[0]["mechanic_options"][0], tuned[0])
+    _name_differences(mechanic, saved)
     live = mechanic.state
     _load_base(mechanic, state_dict)
-    mechanic._options, mechanic._unit, mechanic._lazy, mechanic._frozen = tuned
+    mechanic._options, mechanic._unit = saved.options, saved.unit
+    mechanic._lazy, mechanic._frozen = saved.lazy, saved.frozen
     _load_tuner(mechanic, state_dict, live)
     if mechanic.scheduler is not None and "mechanic_scheduler" in groups[0]:
         mechanic.scheduler.load_state_dict(copy.deepcopy(groups[0]["mechanic_scheduler"][0]))
@@ -170,8 +172,23 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
     return list(saved)
 
 
-def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Options, float, bool, bool]:
-    """The options and the unit that the checkpoint was written with, and whether it was lazy and frozen."""
+class Record(NamedTuple):
+    """What a checkpoint says of its Mechanic: see :func:`record`."""
+
+    base: str  # name of the base's class
+    scheduler: str | None  # of the inner scheduler's
+    unit: float  # the base lr that is divided out
+    lazy: bool  # the base creates its state in its first step
+    frozen: bool
+    options: Options
+
+
+def read_record(groups: Sequence[Mapping[str, Any]]) -> Record:
+    """What the param groups of a checkpoint say of their Mechanic, and that their tensors are as it says.
+
+    Raises:
+        ValueError: something is missing, broken, or of another format.
+    """
     for i, group in enumerate(groups):
         for key in ("mechanic_options", *TUNER):
             if key not in group:
@@ -183,22 +200,14 @@ def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Opti
     found = saved.pop("format", None)
     if found != FORMAT:
         raise ValueError(f"the checkpoint has format {found!r}, this version of manic reads {FORMAT}: upgrade manic")
-    theirs, ours = saved.pop("base", None), type(mechanic.base_optimizer).__name__
-    if theirs != ours:
-        raise ValueError(f"the checkpoint is of a Mechanic around {theirs}, this one is around {ours}")
-    theirs, scheduler = saved.pop("scheduler", None), mechanic.scheduler
-    if theirs is not None and scheduler is not None and theirs != type(scheduler).__name__:
-        raise ValueError(
-            f"the checkpoint was written with the scheduler {theirs}, this Mechanic has {type(scheduler).__name__}"
-        )
     try:
+        base, scheduler = saved.pop("base"), saved.pop("scheduler")
         unit, lazy, frozen = float(saved.pop("unit")), saved.pop("lazy"), saved.pop("frozen")
         if not isinstance(lazy, bool) or not isinstance(frozen, bool):
             raise TypeError(f"lazy = {lazy!r} and frozen = {frozen!r} must be bools")
         options = Options(**saved)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint's options are broken: {error}") from error
-
     for i, group in enumerate(groups):
         for key, expected in zip(TUNER, ((Tuner.size(len(options.betas)),), ()), strict=True):
             value = group[key]
@@ -206,7 +215,21 @@ def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> tuple[Opti
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"{key} of param group {i} must be a float tensor of shape {expected}, got {got}")
             _check_finite(f"{key} of param group {i}", value)
-    return options, unit, lazy, frozen
+    return Record(base, scheduler, unit, lazy, frozen, options)
+
+
+def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
+    """The checkpoint's record, of a Mechanic around the same base, with a scheduler of the same kind."""
+    saved = read_record(groups)
+    ours, scheduler = type(mechanic.base_optimizer).__name__, mechanic.scheduler
+    if saved.base != ours:
+        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {ours}")
+    if saved.scheduler is not None and scheduler is not None and saved.scheduler != type(scheduler).__name__:
+        raise ValueError(
+            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
+            f"{type(scheduler).__name__}"
+        )
+    return saved
 
 
 def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Options, *, frozen: bool) -> None:
@@ -265,13 +288,13 @@ def _check_finite(what: str, value: Tensor) -> None:
         raise ValueError(f"{what} has values in the checkpoint that are not finite: it is damaged")
 
 
-def _name_differences(mechanic: Mechanic, saved: dict[str, Any], options: Options) -> None:
+def _name_differences(mechanic: Mechanic, saved: Record) -> None:
     notes = [
-        f"{field.name} = {getattr(options, field.name)!r} replaces {getattr(mechanic._options, field.name)!r}"
+        f"{field.name} = {getattr(saved.options, field.name)!r} replaces {getattr(mechanic._options, field.name)!r}"
         for field in dataclasses.fields(Options)
-        if getattr(options, field.name) != getattr(mechanic._options, field.name)
+        if getattr(saved.options, field.name) != getattr(mechanic._options, field.name)
     ]
-    theirs, ours = saved.get("scheduler"), mechanic.scheduler
+    theirs, ours = saved.scheduler, mechanic.scheduler
     if theirs is not None and ours is None:
         notes.append(f"its scheduler {theirs} is left out, since this Mechanic has none")
     if theirs is None and ours is not None:

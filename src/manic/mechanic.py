@@ -15,9 +15,11 @@ from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from manic import checkpoint
+from manic import checkpoint, report
 from manic.kernels import Kernels, compiled_tune, kernels_for, native
 from manic.reduction import over_group, over_mesh
+from manic.report import Look
+from manic.schedules import fold, parts
 from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, shards, signature, slots, wide
 from manic.sweeps import GRAD_SQ, NUMEL, Carried, Group, discard, grouped, hold, measure, move, still
 from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
@@ -72,7 +74,7 @@ class Mechanic(Optimizer):
         betas: decay of each of the n accumulators, in [0, 1].
         s_decay: λ, >= 0.
         s_init: the first scale, > 0. None: 1e-8 (``"paper"``), or the scale whose first step moves x by
-            1e-4·(1 + ‖x_ref‖) (``"scale_free"``).
+            1e-3·(1 + ‖x_ref‖) (``"scale_free"``).
         eps: ε, > 0, in ``"paper"``; ``"scale_free"`` needs none.
         store_delta: False keeps one tensor per parameter instead of two and recomputes Δ as (x - x_ref)/S.
             Not for bfloat16 and float16 parameters, whose digits do not hold Δ.
@@ -80,8 +82,8 @@ class Mechanic(Optimizer):
         device: where the accumulators live and are updated. None: the first parameter's device.
         process_group: the ranks that share one model whose parameters are spread over them without a mark
             on the tensors (FSDP1, pipeline stages): their sums are added up, in one all-reduce per step.
-        log_func: called with ``{"iter_count": int, "s": float, "h": float, "effective_lr": list[float],
-            "skipped": int}``; with `per_group` ``s`` and ``h`` are lists. None: ``logging.getLogger("manic")``.
+        log_func: called with ``{"iter_count": int, "s": float, ...}``: ``s`` is the scale (a list with `per_group`),
+            and the rest is :meth:`metrics`. None: ``logging.getLogger("manic")``.
         log_every: call `log_func` every that many steps; 0: never, and nothing is read back from the device.
 
     Raises:
@@ -141,6 +143,7 @@ class Mechanic(Optimizer):
         self._plan: Plan | None = None
         self._carried: Carried = {}
         self._told: set[str] = set()  # the warnings that were given
+        self._looks: tuple[Look, Look] | None = None  # of metrics(): the first with the lrs of the last, and the last
         self._epoch: int | None = None  # where our own last step left the scheduler
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not any(base_optimizer.state.values())
@@ -181,7 +184,7 @@ class Mechanic(Optimizer):
         if _known_false(ok):
             self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
         else:
-            motion, counts = _verdict(before, tuners, ok)
+            motion, counts = _verdict(self._tuners(), tuners, ok)
             self._propose(active, closure, before, counts)  # x_t + u_t
             update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
             hold(idle, before, motion[:, 1])
@@ -401,7 +404,7 @@ class Mechanic(Optimizer):
                 f"{name} was stepped by somebody else as well: mechanic.step() steps it, so do not (a framework that "
                 "steps schedulers itself wants one that is built on the Mechanic, and none inside)"
             )
-        if hasattr(vars(self).get("step"), "_wrapped_by_lr_sched"):
+        if self._stepped_outside():
             self._tell(
                 f"an LR scheduler is built on the Mechanic, and {name} is inside: both set the same lr. Leave one out "
                 "(Trainer of Transformers builds one of its own)"
@@ -409,10 +412,10 @@ class Mechanic(Optimizer):
         self.scheduler.step()
         self._epoch = getattr(self.scheduler, "last_epoch", None)
 
-    def _tell(self, message: str) -> None:
-        """A warning, once."""
-        if message not in self._told:
-            self._told.add(message)
+    def _tell(self, message: str, kind: str = "") -> None:
+        """A warning, once: of its kind, or with these words."""
+        if (kind or message) not in self._told:
+            self._told.add(kind or message)
             checkpoint.warn(message)
 
     def _store(self, taking: list[Slot]) -> None:
@@ -460,9 +463,8 @@ class Mechanic(Optimizer):
             ValueError: steps were taken, and no scale was learned in them; a param group has no lr.
         """
         self._adopt()
-        if any("lr" not in group for group in self.param_groups):
-            raise ValueError(f"a param group of {type(self.base_optimizer).__name__} has no lr to carry the scale")
-        if self._calls > 0 and not any(self._scales()):
+        self._check_lrs()
+        if self._calls > 0 and not any(self._look().scales):
             raise ValueError(f"no scale has been learned in {self._calls} step(s): train on, and freeze later")
         self._frozen = True
         for p, values in list(self.state.items()):
@@ -470,6 +472,72 @@ class Mechanic(Optimizer):
             if not values:
                 del self.state[p]  # as the base would have it
         self._settle()
+
+    @disable_dynamo
+    @torch.no_grad()
+    def unwrap(self, *schedulers: LRScheduler) -> Optimizer:
+        """The plain base optimizer back, to go on as the frozen Mechanic would: :meth:`freeze`, and the learned scale
+        folded into its lrs and into the base lrs of its scheduler.
+
+        Step it and the scheduler that was inside yourself from here on, and save their own state dicts: nothing of the
+        wrapper is left in them. The Mechanic cannot be used any more.
+
+        Args:
+            schedulers: those that you step yourself, built on the Mechanic or on the base. The one inside needs no
+                mention.
+
+        Returns:
+            ``base_optimizer``, whose updates are those of lr × scale.
+
+        Raises:
+            TypeError: no LR scheduler.
+            ValueError: nothing was learned yet; a param group has no lr; a scheduler is another optimizer's, or was
+                built on this one and is not given; one holds an lr for groups whose scales differ. Nothing is changed.
+        """
+        for scheduler in schedulers:
+            if not isinstance(scheduler, LRScheduler):
+                raise TypeError(f"unwrap takes torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}")
+            if scheduler.optimizer not in (self, self.base_optimizer):
+                raise ValueError(f"the {type(scheduler).__name__} was built on another optimizer: leave it out")
+        if self._stepped_outside() and not schedulers:
+            raise ValueError(
+                "an LR scheduler that you step yourself was built on this optimizer: the scale must be folded into it "
+                "as well, unwrap(scheduler)"
+            )
+        scales = self._look().scales
+        if not any(scales):
+            raise ValueError(f"no scale has been learned in {self._calls} step(s): train on, and unwrap later")
+        inside = [] if self.scheduler is None or self.scheduler in schedulers else [self.scheduler]
+        self._check_lrs()
+        fold(self.param_groups, [*inside, *schedulers], scales)
+        self.freeze()
+        base = self.base_optimizer
+        if len(set(scales)) == 1 and "lr" in base.defaults:
+            base.defaults["lr"] = base.defaults["lr"] * scales[0]  # of a group that is added later
+        for scheduler in schedulers:
+            for part in parts(scheduler):
+                part.optimizer = base
+        for group in base.param_groups:
+            for key in [key for key in group if key.startswith("mechanic_")]:
+                del group[key]
+        if self._watch is not None:
+            self._watch.remove()
+        vars(self).clear()
+        return base
+
+    def __getattr__(self, name: str) -> Any:
+        if "base_optimizer" not in vars(self) and not name.startswith("__"):
+            raise RuntimeError("this Mechanic was unwrapped: go on with the optimizer that unwrap() returned")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _stepped_outside(self) -> bool:
+        """Whether an LR scheduler is built on this optimizer that is not the one inside. (One puts a mark on step.)"""
+        on_base = self.scheduler is None and hasattr(self.base_optimizer.step, "_wrapped_by_lr_sched")
+        return on_base or hasattr(vars(self).get("step"), "_wrapped_by_lr_sched")
+
+    def _check_lrs(self) -> None:
+        if any("lr" not in group for group in self.param_groups):
+            raise ValueError(f"a param group of {type(self.base_optimizer).__name__} has no lr to carry the scale")
 
     # ------------------------------------------------------------------ what the user reads
 
@@ -484,36 +552,57 @@ class Mechanic(Optimizer):
 
     def effective_lr(self) -> list[float]:
         """The lr that each param group trains at: its current lr times the scale. One sync."""
-        return [
-            float(group.get("lr", 1.0)) * scale for group, scale in zip(self.param_groups, self._scales(), strict=True)
-        ]
+        return self._look().effective_lrs
 
-    def _scales(self) -> list[float]:
-        """The scale of each param group; one sync."""
-        scales: list[float] = self.scale.expand(len(self.param_groups)).tolist()
-        return scales
+    def metrics(self) -> dict[str, float]:
+        """What a log wants to know, as floats. One sync.
+
+        - ``scale``; ``effective_lr``, which is lr × scale.
+        - ``h``: < 0 while Δ still points downhill, about 0 where the scale has settled. ``"scale_free"``: without a
+          unit; ``"paper"``: as in Algorithm 1.
+        - ``delta_norm``: ‖Δ‖ when the last step began, over the elements that had a gradient, in units of the user's
+          lr: scale × delta_norm is how far the parameters were from x_ref.
+        - ``skipped``: steps with a gradient that was not finite. ``outliers``: steps whose gradient was so far out of
+          all proportion that no update followed it.
+
+        With several param groups ``effective_lr/NAME``, NAME being the group's ``"name"``, or its number; with
+        `per_group` the others, but for ``skipped``, likewise. What seems to be wrong with the run (a scale that stays
+        at its start, or grows without bound; gradients that are 0, or not finite; an lr that nobody steps, or that does
+        not enter the update) is told in a warning, once.
+        """
+        look = self._look()
+        self._examine(look)
+        return report.metrics(look)
 
     @property
     def skipped(self) -> Tensor:
         """Steps skipped so far because a gradient was not finite: float64 [], a new tensor; no sync."""
         return self._read("skipped")[0]
 
+    def _look(self) -> Look:
+        """The run at this moment, on the host."""
+        self._adopt()
+        return report.look_at(self.param_groups, self._options, self._unit or 1.0)
+
     def _log(self) -> None:
         self._calls += 1
         if self.log_every == 0 or self._calls % self.log_every:
             return
-        h = self._read("h")
-        data = {
-            "iter_count": self._calls,
-            "s": self.scale.tolist(),
-            "h": (h if self._options.per_group else h[0]).tolist(),
-            "effective_lr": self.effective_lr(),
-            "skipped": int(self.skipped),
-        }
+        found = self.metrics()
         if self.log_func is not None:
-            self.log_func(data)
+            self.log_func({"iter_count": self._calls, "s": self.scale.tolist(), **found})
         else:
-            logger.info("step %(iter_count)d: scale %(s)s, effective lr %(effective_lr)s, skipped %(skipped)d", data)
+            logger.info("step %d: %s", self._calls, ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+
+    def _examine(self, look: Look) -> None:
+        """Warn of what seems to be wrong."""
+        level, last = self._looks or (look, look)
+        level = level if level.lrs == look.lrs else look
+        self._looks = level, look
+        if not self._frozen:
+            waiting = self._stepped_outside()
+            for kind, message in report.findings(look, last, level, type(self.base_optimizer), waiting):
+                self._tell(message, kind)
 
     # ------------------------------------------------------------------ the Optimizer contract
 
@@ -605,13 +694,15 @@ class Mechanic(Optimizer):
         # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
         # `step`: it can be neither pickled nor copied.
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
-        return {**kept, "_carried": {}, "_plan": None}  # which go by the identity of parameters
+        return {**kept, "_carried": {}, "_plan": None, "_watch": None}  # which go by the identity of parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch_base()  # a copied or unpickled optimizer comes without its hooks
 
     def __repr__(self) -> str:
+        if "base_optimizer" not in vars(self):
+            return "Mechanic (unwrapped)"
         lines = [f"Mechanic around {type(self.base_optimizer).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
@@ -673,9 +764,10 @@ class Mechanic(Optimizer):
         """What follows from options, unit and groups: the β on the device, the base's lr, the groups' own record."""
         self._carried = {}  # what our own last step left of x: nothing, for these groups
         self._plan = None
+        self._looks = None
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
         if self._frozen:
-            self._divisors = [1 / scale if scale > 0 else math.inf for scale in self._scales()]
+            self._divisors = [1 / scale if scale > 0 else math.inf for scale in self._look().scales]
         else:
             self._divisors = [self._unit or 1.0] * len(self.param_groups)
         checkpoint.record(self)
@@ -695,8 +787,8 @@ class Mechanic(Optimizer):
 
     def _watch_base(self) -> None:
         # Some wrappers skip Optimizer.__init__ and have no hooks; they go unwatched.
-        if hasattr(self.base_optimizer, "_optimizer_step_pre_hooks"):
-            self.base_optimizer.register_step_pre_hook(self._on_base_step)
+        watchable = hasattr(self.base_optimizer, "_optimizer_step_pre_hooks")
+        self._watch = self.base_optimizer.register_step_pre_hook(self._on_base_step) if watchable else None
 
     def _on_base_step(self, *_: object) -> None:
         if not self._stepping:
@@ -761,11 +853,12 @@ def _known_false(ok: Tensor) -> bool:
     return _on_host(ok) and len(ok.logical_not().nonzero()) > 0
 
 
-def _verdict(before: Tensor, tuners: list[Tuner], ok: Tensor) -> tuple[Tensor, Tensor | None]:
+def _verdict(old: list[Tuner], new: list[Tuner], ok: Tensor) -> tuple[Tensor, Tensor | None]:
     """S_t, S_{t+1}, keep and fade of each learned scale, [k, 4], and whether u_t is followed, [k] bool; None: all are,
     and the host knows it. A step that does not count moves nothing."""
-    motion = torch.stack([before, *(_field(tuners, name) for name in ("scale", "keep", "fade"))], 1)
-    counts = ok & (_field(tuners, "take") > 0)
+    before = _field(old, "scale")
+    motion = torch.stack([before, *(_field(new, name) for name in ("scale", "keep", "fade"))], 1)
+    counts = ok & (_field(new, "outliers") == _field(old, "outliers"))
     if _on_host(counts) and not _known_false(counts):
         return motion, None
     return torch.where(ok, motion, still(before)), counts

@@ -17,7 +17,9 @@ DEFAULT_BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 PAPER_S_INIT = 1e-8
 
 # "scale_free": all without a unit.
-RELATIVE_START = 1e-4  # the first update moves x by this fraction of 1 + ‖x_ref‖
+START = 1e-3  # the first update moves x by this fraction of 1 + ‖x_ref‖, as DoG starts
+FLOOR = 1e-6  # and none by less than this
+DIGITS = 1e-4  # nor by less than this where Δ is recomputed from x
 CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S grows by less than 1.6 in a step
 SURPRISE = 2.0  # |h| and ‖g‖ are remembered up to so many times the largest, or the mean, of before
 FALL = 3.0  # log S falls by no more in one step
@@ -91,7 +93,7 @@ class Tuner(NamedTuple):
     grad_norm: Tensor  # []  mean of ‖g‖ over the steps, the later ones weighing more; "scale_free"
     keep: Tensor  # []  what was kept of Δ before the last update was added: 1 in "paper"
     fade: Tensor  # []  and after: 1 in "paper"
-    take: Tensor  # []  1: that update was added; 0: it was not. 1 in "paper"
+    outliers: Tensor  # []  steps whose h was out of all proportion, so that no update followed; 0 in "paper"
     peak: Tensor  # []  the largest lr so far, over the base lr; "scale_free"
     update_sq: Tensor  # []  ‖u‖² of the last step over this process's parameters, where Δ is recomputed
 
@@ -131,16 +133,16 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     update_norm = torch.where((sums.numel == old.numel) | (old.update_norm == 0), grown, old.update_norm)
     update_norm = torch.where(update_norm > 0, update_norm, sums.update_sq.sqrt())
     ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
-    start = _over(RELATIVE_START * (1 + ref_sq.sqrt()), update_norm)  # as DoG starts; 0 before the first update
+    whole = _over(1 + ref_sq.sqrt(), update_norm)  # the scale at which an update is as large as x; 0 before the first
 
     if options.variant == "paper":
         new = _paper(old, sums, betas, options)
     else:
-        first = start if options.s_init is None else start.new_full((), options.s_init * unit)
-        new = _scale_free(old, sums, betas, options, first, torch.minimum(start, first), delta_norm, lr)
+        first = START * whole if options.s_init is None else whole.new_full((), options.s_init * unit)
+        new = _scale_free(old, sums, betas, options, first, torch.minimum(FLOOR * whole, first), delta_norm, lr)
     if not options.store_delta:
         # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
-        new = new._replace(scale=torch.maximum(new.scale, start))
+        new = new._replace(scale=torch.maximum(new.scale, DIGITS * whole))
     new = new._replace(delta_norm=delta_norm, numel=sums.numel, update_norm=update_norm, steps=old.steps + 1)
     kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
     return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok, update_sq=old.update_sq)
@@ -160,7 +162,7 @@ def _paper(old: Tuner, sums: Sums, betas: Tensor, options: Options) -> Tuner:
     wealth = (options.s_init or PAPER_S_INIT) / betas.numel() * m + r
     s = _over(wealth, v.sqrt() + options.eps)
     one = torch.ones_like(h)
-    return old._replace(m=m, v=v, r=r, s=s, h=h, scale=s.sum(), keep=one, fade=one, take=one)
+    return old._replace(m=m, v=v, r=r, s=s, h=h, scale=s.sum(), keep=one, fade=one)
 
 
 def _scale_free(
@@ -203,12 +205,22 @@ def _scale_free(
     # A rise of S is for updates to come, and so is a gentle fall: x goes on by S·u. A steep fall draws x back.
     ratio = _over(scale, old.scale)
     keep = _over((ratio / SLACK).clamp_max(1), ratio)
-    take = (surprise < WILD).to(h.dtype)
+    outliers = old.outliers + (surprise >= WILD)
     # At the peak Δ is a mean over the past, in which step t weighs as much as t.
     fade = torch.where(share < PEAK, 1, (old.steps + 2) / (old.steps + 3))
     zero = torch.zeros_like(old.m)
     return old._replace(
-        m=m, v=v, r=zero, s=zero, h=h, scale=scale, grad_norm=grad_norm, peak=peak, keep=keep, fade=fade, take=take
+        m=m,
+        v=v,
+        r=zero,
+        s=zero,
+        h=h,
+        scale=scale,
+        grad_norm=grad_norm,
+        keep=keep,
+        fade=fade,
+        outliers=outliers,
+        peak=peak,
     )
 
 

@@ -1,0 +1,119 @@
+"""``python -m manic inspect CHECKPOINT ...``: what the Mechanics in checkpoints have learned.
+
+CHECKPOINT is a file of ``torch.save`` or a folder of ``torch.distributed.checkpoint``. Exit code: 0; 1 if one could not
+be read or has no Mechanic, which one line on stderr explains; 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from manic import __version__
+from manic.checkpoint import FORMAT
+from manic.inspection import Found, inspect
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m manic", description="The learning-rate tuner's command line.")
+    parser.add_argument("--version", action="version", version=f"manic {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("inspect", help="what the Mechanics in checkpoints have learned")
+    command.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="file or DCP folder")
+    command.add_argument("--json", action="store_true", help="print JSON: a list with one entry for each Mechanic")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="draw scale and effective lr against step")
+    args = parser.parse_args(arguments)
+
+    found: list[tuple[Path, Found]] = []
+    code = 0
+    for path in args.checkpoints:
+        try:
+            found += [(path, one) for one in inspect(path)]
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            print(f"manic: {path}: {reason}", file=sys.stderr)
+            code = 1
+    if args.json:
+        print(json.dumps([{"path": str(path), **one.as_dict()} for path, one in found], indent=2))
+    else:
+        print("\n\n".join(text(path, one) for path, one in found))
+    if args.plot and found:
+        try:
+            plot([one for _, one in found], args.plot)
+        except (ImportError, OSError) as error:
+            print(f"manic: no plot: {error} (it takes matplotlib: pip install manic[plot])", file=sys.stderr)
+            code = 1
+    return code
+
+
+def text(path: Path, found: Found) -> str:
+    """A Mechanic of a checkpoint, for people."""
+    look, record = found.look, found.record
+    width = max(12, *(len(name) for name in look.names))
+    parts = [record.base, *([record.scheduler] if record.scheduler else []), look.options.variant, f"format {FORMAT}"]
+    lines = [
+        f"{path}{found.where and ': '}{found.where} ({', '.join(parts)}{', frozen' if record.frozen else ''})",
+        f"  {'step':{width}}  {look.step}, of which {look.tuners[0].skipped:.0f} skipped",
+        f"  {'base lr':{width}}  {record.unit:.4g}",
+    ]
+    for name, lr, scale in zip(look.names, look.effective_lrs, look.scales, strict=True):
+        if len(look.names) > 1:
+            lines.append(f"  group {name}")
+        lines.append(f"  {'scale':{width}}  {scale:.4g}")
+        lines.append(f"  {'effective lr':{width}}  {lr:.4g}")
+    for owner, tuner in zip(look.owners, look.tuners, strict=True):
+        lines.append(f"  accumulators{owner and ' of group '}{owner}: h {tuner.h:.3g}, outliers {tuner.outliers:.0f}")
+        lines.append(f"    {'beta':>10} {'m':>10} {'v':>10} {'r':>10} {'s':>10}")
+        for beta, *values in zip(look.options.betas, *(field.tolist() for field in tuner[:4]), strict=True):
+            lines.append(f"    {beta:>10g} " + " ".join(f"{value:>10.3g}" for value in values))
+    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in found.sizes.items())
+    lines.append(f"  {found.tensors} tensors of {found.numel} elements in all; {sizes}")
+    return "\n".join(lines)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
+
+
+def plot(found: Sequence[Found], path: Path) -> None:
+    """Scale and effective lr of every param group against the step, by name.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    places = {one.where for one in found}
+    for one in found:
+        look = one.look
+        for name, lr, scale in zip(look.names, look.effective_lrs, look.scales, strict=True):
+            label = " ".join([*([one.where] if len(places) > 1 else []), *([name] if len(look.names) > 1 else [])])
+            lines.setdefault(label, []).append((look.step, scale, lr))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for i, (axes, title) in enumerate(zip(figure.subplots(1, 2), ("scale", "effective lr"), strict=True)):
+        for label, points in lines.items():
+            steps, *values = zip(*sorted(points), strict=True)
+            axes.plot(steps, values[i], marker="o", markersize=3, label=label)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step")
+        heights = [point[1 + i] for points in lines.values() for point in points]
+        if 0 < 100 * min(heights) < max(heights):
+            axes.set_yscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What is in a checkpoint: the Mechanics in a file of ``torch.save`` or a folder of ``torch.distributed.checkpoint``.
+
+Nothing that a checkpoint may hold is run: files are read with ``weights_only=True``, and the metadata of a folder by an
+unpickler that knows the few classes of which it is made.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manic.checkpoint import FORMAT, Record, read_record
+from manic.report import Look, look_at, metrics
+from manic.storage import DELTA, REF
+
+GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_state|mechanic_step|mechanic_options|lr|name)")
+STATE = re.compile(r"(.*\.)?state\.(.+)\.([^.]+)")
+
+METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+class Entry(NamedTuple):
+    """One leaf of a checkpoint."""
+
+    read: Callable[[], Any]
+    size: int  # bytes, if it is a tensor
+    numel: int
+
+
+class Found(NamedTuple):
+    """A Mechanic in a checkpoint."""
+
+    where: str  # the key that it lies under; "" at the top
+    record: Record
+    look: Look
+    sizes: dict[str, int]  # bytes of x_ref, Δ, and the base's own state
+    tensors: int  # how many parameters have stepped
+    numel: int  # their elements
+
+    def as_dict(self) -> dict[str, Any]:
+        """In types that JSON knows."""
+        look, options = self.look, self.look.options
+        return {
+            "where": self.where,
+            "format": FORMAT,
+            "base": self.record.base,
+            "scheduler": self.record.scheduler,
+            "frozen": self.record.frozen,
+            "base_lr": self.record.unit,
+            "options": {name: getattr(options, name) for name in options.__dataclass_fields__},
+            "step": look.step,
+            **metrics(look),
+            "accumulators": [
+                {
+                    **({"group": owner} if owner else {}),
+                    "beta": beta,
+                    **{name: float(getattr(tuner, name)[i]) for name in ("m", "v", "r", "s")},
+                }
+                for owner, tuner in zip(look.owners, look.tuners, strict=True)
+                for i, beta in enumerate(options.betas)
+            ],
+            "bytes": self.sizes,
+            "tensors": self.tensors,
+            "numel": self.numel,
+        }
+
+
+def inspect(path: Path) -> list[Found]:
+    """The Mechanics in a checkpoint.
+
+    Raises:
+        ValueError: the path leads to no checkpoint, to one that is damaged, or to one without a Mechanic.
+    """
+    try:
+        entries = dict(_of_folder(path) if path.is_dir() else _of_file(path))
+        matches = [match for key in entries if (match := GROUP.fullmatch(key)) and match[3] == "mechanic_state"]
+        found = [_at(place, entries) for place in dict.fromkeys(match[1] or "" for match in matches)]
+    except (FileNotFoundError, PermissionError) as error:
+        missing = f"a folder without {Path(error.filename).name}" if path.is_dir() else error.strerror
+        raise ValueError(f"it cannot be read: {missing}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError("it is no checkpoint, or holds objects that are not safe to load (weights_only)") from error
+    except ValueError:
+        raise
+    except Exception as error:  # whatever torch and pickle make of a file that is none of theirs
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"it is no checkpoint, or a damaged one: {reason}") from error
+    if not found:
+        raise ValueError("there is no Mechanic in this checkpoint (after unwrap() an optimizer is a plain one)")
+    return found
+
+
+def _at(place: str, entries: dict[str, Entry]) -> Found:
+    groups: dict[str, dict[str, Any]] = {}
+    for key, entry in entries.items():
+        match = GROUP.fullmatch(key)
+        if match and (match[1] or "") == place:
+            groups.setdefault(match[2], {})[match[3]] = entry.read()
+    record = read_record(list(groups.values()))
+    # A flattened state dict has a group for every parameter: alike, as far as we are concerned.
+    distinct = {
+        (str(group.get("name")), str(group.get("lr")), tuple(group["mechanic_state"].tolist())): group
+        for group in groups.values()
+    }
+    alike = list(distinct.values()) if len(distinct) < len(groups) else list(groups.values())
+    sizes = {"x_ref": 0, "delta": 0, "base": 0}
+    numels: dict[str, int] = {}
+    for key, entry in entries.items():
+        match = STATE.fullmatch(key)
+        if match and (match[1] or "") == place:
+            sizes[{REF: "x_ref", DELTA: "delta"}.get(match[3], "base")] += entry.size
+            numels[match[2]] = max(entry.numel, numels.get(match[2], 0))
+    look = look_at(alike, record.options, record.unit or 1.0)
+    return Found(place.rstrip("."), record, look, sizes, len(numels), sum(numels.values()))
+
+
+def _of_file(path: Path) -> Iterator[tuple[str, Entry]]:
+    mapped = zipfile.is_zipfile(path)  # not those of torch before 1.6
+    return _leaves("", torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Entry]]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            yield from _leaves(f"{key}.{name}" if key else str(name), inner)
+    elif isinstance(value, Tensor):
+        yield key, Entry(lambda: value, value.numel() * value.element_size(), value.numel())
+    else:
+        yield key, Entry(lambda: value, 0, 0)
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in METADATA.get(module, ()) or (
+            module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"its metadata holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _of_folder(path: Path) -> Iterator[tuple[str, Entry]]:
+    with (path / ".metadata").open("rb") as file:
+        metadata = _Metadata(file).load()
+    places = {index.fqn: info for index, info in metadata.storage_data.items()}
+
+    def read(key: str) -> Any:
+        info = places[key]
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(f"{key} lies outside the folder, in {info.relative_path}")
+        with (path / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
+
+    for key, about in metadata.state_dict_metadata.items():
+        size = getattr(about, "size", None)
+        numel = 0 if size is None else size.numel()
+        width = 0 if size is None else about.properties.dtype.itemsize
+        yield key, Entry(partial(read, key), numel * width, numel)

@@ -1,0 +1,162 @@
+"""What a run tells of itself: the figures for a log, and what seems to be wrong with it.
+
+All of it is worked out on the host, from one copy of the tuner's state, when somebody asks; nothing in a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, LBFGS, Adafactor, Optimizer, Rprop
+
+from manic.tuner import Options, Tuner
+
+ENOUGH = 100  # steps, after which a scale has long left its start (it takes some 20 to 50)
+IDLE = 1000  # steps at one lr, after which somebody may have forgotten to step the scheduler
+UNPROPORTIONAL = (Rprop, ASGD, LBFGS, Adafactor)  # as docs/algorithm.md explains
+HARDLY = 1e-5  # times 1 + ‖x_ref‖: the size of a step with which nobody trains
+FAR = 100.0  # times 1 + ‖x_ref‖: nobody trains that far away from where he began
+
+
+class Look(NamedTuple):
+    """A run at one moment, on the host."""
+
+    step: int  # calls of step() so far, those included that were skipped
+    options: Options
+    unit: float  # the base lr that is divided out of Δ
+    names: list[str]  # of the param groups
+    lrs: list[float]  # theirs, at this moment
+    tuners: list[Tuner]  # one; with per_group one per group
+
+    @property
+    def scales(self) -> list[float]:
+        """The learned scale of each param group."""
+        scales = [float(tuner.scale) / self.unit for tuner in self.tuners]
+        return scales if self.options.per_group else scales * len(self.names)
+
+    @property
+    def effective_lrs(self) -> list[float]:
+        """lr × scale of each param group."""
+        return [lr * scale for lr, scale in zip(self.lrs, self.scales, strict=True)]
+
+    @property
+    def owners(self) -> list[str]:
+        """Whose the tuners are: group names; "" where there is one for all."""
+        return self.names if len(self.tuners) > 1 else [""]
+
+
+def look_at(groups: Sequence[dict[str, Any]], options: Options, unit: float) -> Look:
+    """The run that param groups, live or in a checkpoint, belong to. Waits for their device, once."""
+    flats = [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
+    rates = [group.get("lr", 1.0) for group in groups]
+    tensors = [groups[0]["mechanic_step"], *(lr for lr in rates if isinstance(lr, Tensor))]
+    together = torch.cat([*flats, *(t.to(flats[0]).reshape(1) for t in tensors)]).cpu()
+    size = Tuner.size(len(options.betas))
+    parts = together[: size * len(flats)].view(-1, size)
+    step, *values = together[size * len(flats) :].tolist()
+    numbers = iter(values)
+    lrs = [next(numbers) if isinstance(lr, Tensor) else float(lr) for lr in rates]
+    tuners = [Tuner.unpack(part, len(options.betas)) for part in parts]
+    return Look(int(step) + int(tuners[0].skipped), options, unit, names_of(groups), lrs, tuners)
+
+
+def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """What param groups are called: their "name" where each has one of its own, else their number."""
+    names = [str(group.get("name", i)) for i, group in enumerate(groups)]
+    return names if len(set(names)) == len(names) else [str(i) for i in range(len(names))]
+
+
+def metrics(look: Look) -> dict[str, float]:
+    """As :meth:`manic.Mechanic.metrics`."""
+    found: dict[str, float] = {}
+    for owner, tuner in zip(look.owners, look.tuners, strict=True):
+        end = owner and f"/{owner}"
+        found[f"scale{end}"] = float(tuner.scale) / look.unit
+        found[f"h{end}"] = float(tuner.h)
+        found[f"delta_norm{end}"] = float(tuner.delta_norm) * look.unit
+        found[f"outliers{end}"] = float(tuner.outliers)
+    for name, lr in zip(look.names, look.effective_lrs, strict=True):
+        found["effective_lr" if len(look.names) == 1 else f"effective_lr/{name}"] = lr
+    found["skipped"] = float(look.tuners[0].skipped)
+    return found
+
+
+def findings(look: Look, last: Look, level: Look, base: type[Optimizer], waiting: bool) -> Iterator[tuple[str, str]]:
+    """What seems to be wrong with a run that is still learning: a kind, to be told once, and what to say.
+
+    Args:
+        look: the run now.
+        last: the run when it was looked at before; or the same look.
+        level: the run when it was first seen with the lrs of now; or the same look.
+        base: the class of the base optimizer.
+        waiting: there is an LR scheduler that somebody else than the Mechanic has to step.
+    """
+    since = look.step - last.step
+    skipped = int(look.tuners[0].skipped - last.tuners[0].skipped)
+    if since >= 10 and skipped >= since / 2:
+        yield (
+            "skipped",
+            f"{skipped} of the last {since} steps were skipped, because gradients were not finite. Look at the loss "
+            "and at its input; with float16, use a GradScaler",
+        )
+    if base in UNPROPORTIONAL:
+        yield (
+            "unproportional",
+            f"the update of {base.__name__} is not proportional to its lr: the base lr does not enter, only the "
+            "schedule does, and effective_lr() is no lr that you could give to the plain optimizer",
+        )
+    if waiting and look.step - level.step >= IDLE:
+        yield (
+            "waiting",
+            f"an LR scheduler was built on this optimizer, but the lr has been {look.lrs[0]:g} for "
+            f"{look.step - level.step} steps: does anybody step it? Hand it over, Mechanic(optimizer, scheduler), or "
+            "call its step(). (Or it is level for so long.)",
+        )
+    for owner, tuner, before in zip(look.owners, look.tuners, last.tuners, strict=True):
+        of = owner and f" of group {owner}"
+        for kind, message in _of_one(tuner, look.options, of):
+            yield kind + of, message
+        outliers = int(tuner.outliers - before.outliers)
+        if since >= 10 and outliers >= since / 10:
+            yield (
+                f"outliers{of}",
+                f"in {outliers} of the last {since} steps no update followed the gradient{of}, since ⟨Δ, g⟩ was out of "
+                "all proportion: single batches may be broken, or the loss too wild; clip the gradients by their norm",
+            )
+
+
+def _of_one(tuner: Tuner, options: Options, of: str) -> Iterator[tuple[str, str]]:
+    """What can be told from the state of one learned scale."""
+    steps, scale, update_norm = float(tuner.steps), float(tuner.scale), float(tuner.update_norm)
+    size, away = 1 + math.sqrt(tuner.ref_sq), scale * float(tuner.delta_norm)
+    if steps >= 10 and update_norm == 0:
+        if float(tuner.numel) == 0 or (options.variant == "scale_free" and float(tuner.grad_norm) == 0):
+            yield (
+                "gradients",
+                f"no gradient other than 0{of} came in {steps:.0f} steps. Are these the parameters of the model that "
+                "you train, does the loss depend on them, is zero_grad() called between backward() and step()?",
+            )
+        else:
+            yield (
+                "updates",
+                f"the base optimizer has not moved the parameters{of} in {steps:.0f} steps. Is its lr 0, because "
+                "nobody steps its scheduler? Are its updates below the parameters' last digit (SGD, bfloat16)?",
+            )
+    elif steps >= ENOUGH and options.s_init is None and scale * update_norm <= HARDLY * size:
+        yield (
+            "start",
+            f"the scale{of} has not left its start in {steps:.0f} steps: to go along the updates so far does not lower "
+            "the loss. Is the sign of the loss right, is each batch a fair sample?"
+            + (' (variant="paper" needs a base lr of 1 or more.)' if options.variant == "paper" else ""),
+        )
+    elif steps >= ENOUGH and away > FAR * size:
+        yield (
+            "unbounded",
+            f"the parameters{of} are {away:.2g} away from where they began, more than {FAR:.0f} times their norm of "
+            "then, and the scale grows on: has the loss diverged, or has it no minimum (classes that can be told apart "
+            "without an error)? Weight decay gives it one",
+        )

@@ -1,0 +1,56 @@
+"""Folding a scale into everything that an optimizer and its LR schedulers hold in units of the lr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+IN_A_GROUP = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # the last three are OneCycleLR's and SWALR's
+PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # lists; of all schedulers, CyclicLR and ReduceLROnPlateau
+
+
+def parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
+    """A scheduler and those that it is made of."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from parts(inner)
+
+
+def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], scales: Sequence[float]) -> None:
+    """Multiply every lr of each param group, and those that the schedulers keep for it, with its scale.
+
+    Args:
+        groups: the param groups of the optimizer.
+        schedulers: torch's own, or others that keep lrs in ``base_lrs`` and the groups alone.
+        scales: one for each group.
+
+    Raises:
+        ValueError: a scheduler has one lr for all groups, and their scales differ. Nothing is changed.
+    """
+    found = {id(part): part for scheduler in schedulers for part in parts(scheduler)}.values()
+    shared = [(part, name) for part in found for name in _shared(part) if getattr(part, name)]
+    if shared and len(set(scales)) > 1:
+        part, name = shared[0]
+        raise ValueError(
+            f"{name} = {getattr(part, name)!r} of {type(part).__name__} is one lr for all groups, and their scales "
+            f"differ ({', '.join(f'{scale:.3g}' for scale in scales)}): set it to 0"
+        )
+    for group, scale in zip(groups, scales, strict=True):
+        for name in group.keys() & set(IN_A_GROUP):
+            group[name] = group[name] * scale  # anew: groups may share a tensor
+    for part in found:
+        for name in vars(part).keys() & set(PER_GROUP):
+            values = getattr(part, name)
+            setattr(part, name, [lr * scale for lr, scale in zip(values, scales, strict=True)])
+    for part, name in shared:
+        setattr(part, name, getattr(part, name) * scales[0])
+
+
+def _shared(scheduler: LRScheduler) -> Iterator[str]:
+    """What it holds in units of the lr for all groups together."""
+    if hasattr(scheduler, "eta_min"):
+        yield "eta_min"
+    if isinstance(scheduler, ReduceLROnPlateau):
+        yield from ("default_min_lr", "eps")

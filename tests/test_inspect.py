@@ -1,0 +1,216 @@
+"""python -m manic inspect: files of torch.save and DCP folders, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import Problem
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from manic import Mechanic, __version__
+from manic.__main__ import main
+from manic.inspection import inspect
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+]
+
+
+class Run:
+    """Two named groups, a cosine, some steps, one of them skipped."""
+
+    def __init__(self, problem: Problem, **options: Any) -> None:
+        self.problem, self.parameters = problem, problem.parameters()
+        groups = [{"params": [p], "name": name} for p, name in zip(self.parameters, ("body", "head"), strict=True)]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        self.mechanic = Mechanic(optimizer, CosineAnnealingLR(optimizer, T_max=100), **options)
+        self.train(0, 20)
+        self.mechanic.zero_grad()
+        problem.loss(self.parameters, 0).backward()
+        self.parameters[0].grad[0, 0] = torch.nan
+        self.mechanic.step()
+        self.mechanic.zero_grad()
+
+    def train(self, first: int, last: int) -> None:
+        self.problem.train(self.parameters, self.mechanic, range(first, last))
+
+
+def save(run: Run, route: str, path: Path) -> Path:
+    model = nn.ParameterList(run.parameters)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    if route == "file":
+        torch.save({"model": model.state_dict(), "optimizers": [run.mechanic.state_dict()]}, path)
+    elif route == "alone":
+        torch.save(run.mechanic.state_dict(), path)
+    elif route == "Stateful":
+        dcp.save({"model": model, "mechanic": run.mechanic}, checkpoint_id=path)
+    elif route == "state_dict":
+        dcp.save({"optim": get_optimizer_state_dict(model, run.mechanic)}, checkpoint_id=path)
+    else:
+        dcp.save(get_optimizer_state_dict(model, run.mechanic, options=flat), checkpoint_id=path)
+    return path
+
+
+WHERE = {"file": "optimizers.0", "alone": "", "Stateful": "mechanic", "state_dict": "optim", "flattened": ""}
+
+
+@pytest.mark.parametrize("per_group", [False, True])
+@pytest.mark.parametrize("route", WHERE)
+def test_json_says_what_the_live_one_says(
+    route: str, per_group: bool, problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(problem, per_group=per_group)
+    path = save(run, route, tmp_path / "checkpoint")
+    assert main(["inspect", "--json", str(path)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["path"], found["where"], found["format"]) == (str(path), WHERE[route], 1)
+    assert (found["base"], found["scheduler"], found["base_lr"]) == ("AdamW", "CosineAnnealingLR", 0.01)
+    assert (found["step"], found["skipped"], found["frozen"]) == (21, 1, False)
+    live = run.mechanic.metrics()
+    assert {name: found[name] for name in live} == live
+    assert found["options"]["per_group"] == per_group
+    assert len(found["accumulators"]) == 6 * (1 + per_group)
+    state = run.mechanic.param_groups[-1]["mechanic_state"]
+    last = found["accumulators"][-1]
+    assert (last["beta"], last["m"], last["v"]) == (0.999999, state[5].item(), state[11].item())
+    assert last.get("group") == ("head" if per_group else None)
+    assert found["bytes"] == {"x_ref": 48, "delta": 48, "base": 104}
+    assert (found["tensors"], found["numel"]) == (2, 12)
+
+
+def test_what_people_see(problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(problem, per_group=True)
+    run.mechanic.freeze()
+    path = save(run, "file", tmp_path / "checkpoint.pt")
+    assert main(["inspect", str(path)]) == 0
+    seen = capsys.readouterr().out
+    first, second = (f"{lr:.4g}" for lr in run.mechanic.effective_lr())
+    for text in ("AdamW, CosineAnnealingLR, scale_free, format 1, frozen", "21, of which 1 skipped", "group head"):
+        assert text in seen
+    assert f"effective lr  {first}\n" in seen
+    assert f"effective lr  {second}\n" in seen
+    assert "0.999999" in seen
+    assert "2 tensors of 12 elements in all; x_ref 0 B, delta 0 B, base 104 B" in seen
+
+
+def test_two_mechanics_in_one_checkpoint(problem: Problem, tmp_path: Path) -> None:
+    one, two = Run(problem), Run(problem, variant="paper")
+    torch.save({"g": one.mechanic.state_dict(), "d": two.mechanic.state_dict()}, tmp_path / "gan.pt")
+    found = inspect(tmp_path / "gan.pt")
+    assert [(f.where, f.look.options.variant) for f in found] == [("g", "scale_free"), ("d", "paper")]
+
+
+def test_a_plot_over_the_checkpoints_of_a_run(problem: Problem, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run, paths = Run(problem, per_group=True), []
+    for t in range(20, 60, 10):
+        run.train(t, t + 10)
+        paths.append(save(run, "file", tmp_path / f"{t}.pt"))
+    command = [sys.executable, "-m", "manic", "inspect", *map(str, paths), "--plot", str(tmp_path / "plot.png")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------- what is none, or broken
+
+
+def broken(case: str, run: Run, path: Path) -> Path:
+    """A path that no Mechanic can be read from."""
+    if case == "empty folder":
+        path.mkdir()
+    elif case in ("text", "empty"):
+        path.write_text("the lr is 1e-3\n" * (case == "text"))
+    elif case == "plain":
+        torch.save({"optimizer": torch.optim.AdamW(run.parameters).state_dict()}, path)
+    elif case == "numbers":
+        torch.save([1, 2], path)
+    elif case == "truncated":
+        path.write_bytes(save(run, "file", path).read_bytes()[:-200])
+    elif case == "format":
+        state = run.mechanic.state_dict()
+        state["param_groups"][0]["mechanic_options"] = ({"format": 2},)
+        torch.save(state, path)
+    elif case == "no options":
+        state = run.mechanic.state_dict()
+        del state["param_groups"][1]["mechanic_options"]
+        torch.save(state, path)
+    elif case == "metadata":
+        save(run, "Stateful", path)
+        (path / ".metadata").write_bytes(pickle.dumps(Evil(path.parent / "ran")))
+    elif case == "entry":
+        save(run, "Stateful", path)
+        for file in path.glob("*.distcp"):
+            file.write_bytes(b"x" * file.stat().st_size)
+    elif case == "evil":
+        torch.save({"x": Evil(path.parent / "ran")}, path)
+    return path
+
+
+class Evil:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing", "No such file"),
+        ("empty folder", "a folder without .metadata"),
+        ("text", "no checkpoint"),
+        ("empty", "no checkpoint"),
+        ("plain", "no Mechanic in this checkpoint"),
+        ("numbers", "no Mechanic in this checkpoint"),
+        ("truncated", "a damaged one"),
+        ("format", "format 2, this version of manic reads 1"),
+        ("no options", "param group 1 of the checkpoint has no 'mechanic_options'"),
+        ("metadata", "not safe to load"),
+        ("entry", "no checkpoint"),
+        ("evil", "not safe to load"),
+    ],
+)
+def test_one_clear_line(
+    case: str, message: str, problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(problem)
+    good, bad = save(run, "file", tmp_path / "good.pt"), broken(case, run, tmp_path / "bad.pt")
+    assert main(["inspect", str(bad), str(good), "--json"]) == 1
+    out, error = capsys.readouterr()
+    assert len(json.loads(out)) == 1, "the others are shown"
+    assert error.count("\n") == 1
+    assert error.startswith(f"manic: {bad}: ")
+    assert message in error
+    assert not (tmp_path / "ran").exists(), "it was run"
+
+
+def test_an_entry_outside_the_folder_is_not_read(problem: Problem, tmp_path: Path) -> None:
+    path = save(Run(problem), "Stateful", tmp_path / "checkpoint")
+    metadata = (path / ".metadata").read_bytes()
+    assert b"\x0c__0_0.distcp" in metadata
+    (path / ".metadata").write_bytes(metadata.replace(b"\x0c__0_0.distcp", b"\x0c../_0.distcp"))
+    with pytest.raises(ValueError, match="outside the folder"):
+        inspect(path)
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code in ((["--version"], 0), (["inspect", "--help"], 0), ([], 2), (["inspect"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == code
+    assert __version__ in capsys.readouterr().out
