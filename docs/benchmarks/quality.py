@@ -296,8 +296,8 @@ ABLATION = {
     "no caution: h/√v": changed(CAUTION=0.0),
     "one memory: β = 0.999999": changed({"betas": (0.999999,)}),
     "λ = 0": changed({"s_decay": 0.0}),
-    "start ten times higher": changed(RELATIVE_START=1e-3),
-    "start ten times lower": changed(RELATIVE_START=1e-5),
+    "start ten times higher": changed(START=1e-2),
+    "start ten times lower": changed(START=1e-4),
 }
 CONTENDERS |= ABLATION
 
@@ -505,8 +505,9 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         row[0].set_ylabel("validation loss at the end")
     for panel in panels[-1]:
         panel.set_xlabel("base learning rate")
-    panels[0][0].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
