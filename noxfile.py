@@ -77,8 +77,8 @@ def distributed(session: nox.Session) -> None:
 
 @nox.session
 def frameworks(session: nox.Session) -> None:
-    """Real training, save and resume in Lightning, Transformers and Accelerate."""
-    install(session, ".", *TESTS, "lightning", "transformers", "accelerate")
+    """Real training, save, resume and logs in Lightning, Transformers, Accelerate and TensorBoard."""
+    install(session, ".", *TESTS, "lightning", "transformers", "accelerate", "tensorboard")
     pytest(session, "-m", "frameworks", str(ROOT / "tests"), *session.posargs)
 
 
@@ -133,6 +133,26 @@ def quality(session: nox.Session) -> None:
     install(session, ".[demo]", "numpy", "scikit-learn", *(() if "--quick" in session.posargs else peers))
     out = ROOT / "out" / "quality"
     session.run("python", str(ROOT / "docs" / "benchmarks" / "quality.py"), "--out", str(out), *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, in out/site. Strict: a link, an anchor or a page that is missing fails.
+
+    `nox -s docs -- look` takes pictures of its pages, wide and narrow, with the Chromium that is on the PATH.
+    """
+    install(session, ".", "mkdocs-material", "mkdocstrings[python]", "ruff")
+    session.run("mkdocs", "build", env={"NO_MKDOCS_2_WARNING": "1"})
+    if "look" in session.posargs:
+        site, pictures = ROOT / "out" / "site", ROOT / "out" / "pictures"
+        pictures.mkdir(exist_ok=True)
+        quiet = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--hide-scrollbars")
+        for page in sorted(site.glob("*.html")):
+            for name, size in (("wide", "1400,2200"), ("narrow", "500,2200")):
+                shot = f"--screenshot={pictures / f'{page.stem}-{name}.png'}"
+                session.run(
+                    "chromium", *quiet, f"--window-size={size}", shot, page.as_uri(), external=True, silent=True
+                )
 
 
 @nox.session
