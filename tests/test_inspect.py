@@ -118,9 +118,9 @@ def test_a_plot_over_the_checkpoints_of_a_run(problem: Problem, tmp_path: Path) 
     for t in range(20, 60, 10):
         run.train(t, t + 10)
         paths.append(save(run, "file", tmp_path / f"{t}.pt"))
-    command = [sys.executable, "-m", "manic", "inspect", *map(str, paths), "--plot", str(tmp_path / "plot.png")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert main(["inspect", *map(str, paths), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert main(["inspect", str(paths[0]), "--plot", str(tmp_path / "nowhere" / "plot.png")]) == 1
 
 
 # ---------------------------------------------------------------------- what is none, or broken
@@ -209,6 +209,8 @@ def test_an_entry_outside_the_folder_is_not_read(problem: Problem, tmp_path: Pat
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "manic", "--version"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == f"manic {__version__}\n"
     for arguments, code in ((["--version"], 0), (["inspect", "--help"], 0), ([], 2), (["inspect"], 2)):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
