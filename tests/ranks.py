@@ -70,6 +70,7 @@ class Run:
         dtype: str = "float32",
         frozen: bool = True,
         groups: int = 1,
+        wrapped: bool = True,
         **options: Any,
     ) -> None:
         torch.manual_seed(seed)
@@ -100,7 +101,7 @@ class Run:
             parameters = [{"params": parameters[i::groups]} for i in range(groups)]  # type: ignore[misc]
         optimizer = BASES[base](parameters)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
-        self.mechanic = Mechanic(optimizer, self.schedule, **options)
+        self.mechanic: Any = Mechanic(optimizer, self.schedule, **options) if wrapped else optimizer
         self.last = rank == world - 1
 
     def train(self, steps: range, broken_at: int = -1) -> None:
@@ -113,6 +114,8 @@ class Run:
                 gradient: Any = next(p.grad for p in self.net.parameters() if p.grad is not None and p.grad.numel())
                 getattr(gradient, "_local_tensor", gradient).view(-1)[0] = float("nan")
             self.mechanic.step()
+            if not isinstance(self.mechanic, Mechanic):
+                self.schedule.step()
 
     def parameters(self) -> dict[str, Tensor]:
         whole_ones = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
@@ -278,6 +281,31 @@ def load(kind: str, base: str, dtype: str, route: str, checkpoint: str) -> dict[
     saved = one.state()
     one.train(range(SAVED_AT, STEPS))
     return {"saved": saved, "parameters": one.parameters(), "state": one.state()}
+
+
+def settle(kind: str, how: str, checkpoint: str) -> dict[str, Any]:
+    """A run whose scale is frozen half-way, or folded into the plain optimizer, and its checkpoint of that moment."""
+    one = Run(kind)
+    one.train(range(SAVED_AT))
+    if how == "unwrapped":
+        one.mechanic = one.mechanic.unwrap()
+        dcp.save({"schedule": one.schedule}, checkpoint_id=f"{checkpoint}-schedule")
+    else:
+        one.mechanic.freeze()
+    write(one, "nested", checkpoint)
+    one.train(range(SAVED_AT, STEPS))
+    return {"parameters": one.parameters()}
+
+
+def settled(kind: str, how: str, checkpoint: str) -> dict[str, Any]:
+    one = Run(kind, seed=1, wrapped=how != "unwrapped")
+    if how == "unwrapped":
+        dcp.load({"schedule": one.schedule}, checkpoint_id=f"{checkpoint}-schedule")
+    else:
+        one.mechanic.freeze()
+    read(one, "nested", checkpoint)
+    one.train(range(SAVED_AT, STEPS))
+    return {"parameters": one.parameters()}
 
 
 def whole_states(source: str, target: str, dtype: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def test_excess_goes_by_seed_and_by_the_lr_that_other_seeds_have_chosen(tmp_path
     (best,) = quality.winners(rows).values()
     assert best.lr == 1.0
     rows += [row("tuned", 1.0, 3, 1.0), row("tuned", 1.0, 4, 2.0), row("tuned", 10.0, 3, 0.1)]
-    rows += [row("manic", 1e-8, 3, 1.4), row("manic", 1e-8, 4, 2.6), row("manic", 100.0, 3, math.inf)]
+    rows += [row("manic", 1e-8, 4, 2.6), row("manic", 1e-8, 3, 1.4), row("manic", 100.0, 3, math.inf)]
     found = quality.excess(rows)
     ((few,), (broken,)) = found["manic", 1e-8].values(), found["manic", 100.0].values()
     assert few == pytest.approx([0.1, 0.2])

@@ -50,6 +50,7 @@ DCP += [(("fsdp", 2), ("fsdp", 2), *form, mode) for form in FORMS[1:] for mode i
 DCP += [((kind, 2), (kind, 2), *FORMS[0], mode) for kind in ("fsdp1", "fsdp1-flat") for mode in MODES[:2]]
 WHOLE = [("fsdp", "fsdp", dtype) for dtype in ("float32", "bfloat16", "float16")]
 WHOLE += [("fsdp", "fsdp1", "float32"), ("fsdp1", "fsdp", "float32")]
+SETTLED = [(("fsdp", 2), ("fsdp", 2)), (("fsdp", 2), ("plain", 1)), (("plain", 1), ("fsdp", 4))]
 HOW = ["stored", "recomputed", "compiled"]
 REHEARSED = [("plain", 1, "bfloat16"), ("plain", 1, "float32"), ("fsdp", 2, "float32")]
 
@@ -75,6 +76,14 @@ def pipeline(world: int) -> Job:
     return Job(world, "pipeline", ("20", f"pipeline-{world}"))
 
 
+def settle(source: tuple[str, int], how: str) -> Job:
+    return Job(source[1], "settle", (source[0], how, f"{source[0]}-{source[1]}-{how}"))
+
+
+def settled(source: tuple[str, int], target: tuple[str, int], how: str) -> Job:
+    return Job(target[1], "settled", (target[0], how, settle(source, how).arguments[-1]))
+
+
 def whole(source: str, target: str, dtype: str) -> Job:
     return Job(2, "whole_states", (source, target, dtype))
 
@@ -86,11 +95,15 @@ STAGES = [
         *(run(kind, world, how, broken) for kind, world, _, broken in SPREAD for how in HOW),
         *(rehearsal(*case, base) for case in REHEARSED for base in ("sgd", "adamw", "adagrad")),
         *(saved(source, base, dtype, mode) for source, _, base, dtype, mode in DCP),
+        *(settle(source, how) for source, _ in SETTLED for how in ("frozen", "unwrapped")),
         *(whole(*case) for case in WHOLE),
         *(pipeline(world) for world in (1, 2)),
         REFUSED,
     ],
-    [loaded(*case) for case in DCP],  # in other processes than those that saved
+    [
+        *(loaded(*case) for case in DCP),
+        *(settled(*case, how) for case in SETTLED for how in ("frozen", "unwrapped")),
+    ],  # in other processes than those that saved
 ]
 
 
@@ -207,6 +220,18 @@ def test_dcp_from_one_topology_to_another(
         if source == target:
             assert identical(after["parameters"], before["parameters"])
             assert identical(after["state"], before["state"])
+
+
+@pytest.mark.parametrize(("source", "target"), SETTLED, ids=str)
+def test_a_frozen_or_unwrapped_run_goes_on_in_any_topology(result: Any, source: Any, target: Any) -> None:
+    """The plain optimizer as the frozen Mechanic, and each of them from its checkpoint as the run that it is of."""
+    kept = {how: result(settle(source, how))[0]["parameters"] for how in ("frozen", "unwrapped")}
+    assert gap(kept["frozen"], kept["unwrapped"]) < 1e-6
+    for how, parameters in kept.items():
+        for after in result(settled(source, target, how)):
+            assert gap(after["parameters"], parameters) < 1e-6
+            if source == target:
+                assert identical(after["parameters"], parameters)
 
 
 @pytest.mark.parametrize(("source", "target", "dtype"), WHOLE, ids=str)

@@ -424,7 +424,7 @@ def excess(rows: list[dict[str, Any]]) -> Excess:
         if row["contender"] == "tuned" and (run := of(row)) == replace(best[run.cell], seed=run.seed)
     }
     found: Excess = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["seed"])):  # they lie in the order in which they ended
         reference = tuned.get((of(row).cell, row["seed"]))
         if row["contender"] == "tuned" or reference is None:
             continue

@@ -1,4 +1,4 @@
-"""Ready callbacks: :meth:`manic.Mechanic.metrics` in the logs of the frameworks, which are imported when asked for."""
+"""Ready callbacks: ``manic.Mechanic.metrics()`` in the logs of the frameworks, which are imported when asked for."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
 
 
 class Record(NamedTuple):
-    """What a checkpoint says of its Mechanic: see :func:`record`."""
+    """What a checkpoint says of its Mechanic: see ``record()``."""
 
     base: str  # name of the base's class
     scheduler: str | None  # of the inner scheduler's

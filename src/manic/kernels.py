@@ -23,7 +23,7 @@ from manic.tuner import tune
 class Memory:
     """What the kernels keep between two sweeps over the same parameters, all of one dtype.
 
-    `marks`, int64 [pieces, 2]: what :meth:`Kernels.move` left of x, to tell an edit by: the bits of ⟨Δ,x⟩ in float64,
+    `marks`, int64 [pieces, 2]: what ``Kernels.move()`` left of x, to tell an edit by: the bits of ⟨Δ,x⟩ in float64,
     which sees an exchange of elements, and the sum of the bits of x, which sees a change in any one. The tensors stay
     where they are: a CUDA graph may hold their addresses.
     """
@@ -77,13 +77,13 @@ class Kernels(ABC):
     def measure(self, slots: Sequence[Slot], scale: Tensor, memory: Memory) -> Tensor:
         """⟨Δ,g⟩, ⟨Δ,x⟩, ‖g‖², ‖x‖² and ‖Δ‖² of every piece: float64 [pieces, 5].
 
-        In pieces that are not as the last :meth:`move` left them, x_ref is shifted under the elements that do not
+        In pieces that are not as the last ``move()`` left them, x_ref is shifted under the elements that do not
         stand at x_ref + S·Δ. `scale`: S, 0-d, in the dtype of x_ref and on its device.
         """
 
     @abstractmethod
     def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
-        """As :func:`manic.sweeps.move`; takes down the marks. `motion`: [4], S_t, S_{t+1}, keep and fade, in the dtype
+        """As ``manic.sweeps.move()``; takes down the marks. `motion`: [4], S_t, S_{t+1}, keep and fade, in the dtype
         of x_ref and on its device. `ok`: 0-d bool there, False: updates do not count."""
 
     def discard(self, slots: Sequence[Slot], ok: Tensor, memory: Memory) -> None:
@@ -204,5 +204,5 @@ def kernels_for(device: torch.device, *, compiled: bool) -> Kernels | None:
 
 @lru_cache(maxsize=1)
 def compiled_tune() -> Callable[..., Any]:
-    """:func:`manic.tuner.tune` in a kernel or two instead of some sixty."""
+    """``manic.tuner.tune()`` in a kernel or two instead of some sixty."""
     return torch.compile(tune, fullgraph=True, dynamic=False)

@@ -44,8 +44,6 @@ class Plan(NamedTuple):
 class Mechanic(Optimizer):
     r"""Learns the scale of another optimizer's updates, so that its learning rate needs no tuning.
 
-    .. code-block:: text
-
         Algorithm 1 of arXiv 2306.00144, n = len(betas); per step t, with the base optimizer's update u_t:
             h_t     = < Δ_t , g_t + λ·(Σ s_t)·(‖g_t‖/‖x_t‖)·x_t >
             m_t     = max(β·m_{t-1}, |h_t|)
@@ -61,13 +59,13 @@ class Mechanic(Optimizer):
 
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
-    ``mechanic_state`` (float64 [4n + 14], see :class:`manic.tuner.Tuner`), ``mechanic_step`` (float32 []),
+    ``mechanic_state`` (float64 [4n + 14], see ``manic.tuner.Tuner``), ``mechanic_step`` (float32 []),
     ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple); in ``state[p]``, from p's first step on,
     ``mechanic_ref`` and ``mechanic_delta`` (shape of p, float32 or better).
 
     Args:
         base_optimizer: an optimizer that is already built, on any lr.
-        scheduler: an LR scheduler built on `base_optimizer`. It is stepped once per :meth:`step`; do not
+        scheduler: an LR scheduler built on `base_optimizer`. It is stepped once per ``step()``; do not
             step it yourself. A scheduler that you step yourself may be built on either optimizer instead.
         variant: ``"scale_free"`` gives the same run at every base lr: the base works at lr / base lr, and the log
             of the scale follows the sign and the relative size of h. ``"paper"`` is Algorithm 1 to the letter.
@@ -83,7 +81,7 @@ class Mechanic(Optimizer):
         process_group: the ranks that share one model whose parameters are spread over them without a mark
             on the tensors (FSDP1, pipeline stages): their sums are added up, in one all-reduce per step.
         log_func: called with ``{"iter_count": int, "s": float, ...}``: ``s`` is the scale (a list with `per_group`),
-            and the rest is :meth:`metrics`. None: ``logging.getLogger("manic")``.
+            and the rest is ``metrics()``. None: ``logging.getLogger("manic")``.
         log_every: call `log_func` every that many steps; 0: never, and nothing is read back from the device.
 
     Raises:
@@ -288,7 +286,7 @@ class Mechanic(Optimizer):
 
     @disable_dynamo
     def _measure(self, active: Active, before: Tensor) -> Tensor:
-        """The global sums at x_t: [k, 8], columns as in :class:`manic.tuner.Sums`."""
+        """The global sums at x_t: [k, 8], columns as in ``manic.tuner.Sums``."""
         total = torch.zeros(len(before), len(Sums._fields), dtype=before.dtype, device=before.device)
         for i, (layout, mine) in enumerate(active.items()):
             part = measure(mine, before, self._carried)
@@ -434,7 +432,7 @@ class Mechanic(Optimizer):
     @disable_dynamo
     @torch.no_grad()
     def compile(self) -> None:
-        """Compile what a step runs, as :meth:`torch.nn.Module.compile` does for a module: the same to rounding, faster.
+        """Compile what a step runs, as ``torch.nn.Module.compile()`` does for a module: the same to rounding, faster.
 
         On the CPU the two passes over memory become C++ (for dense parameters in float32, float64 and bfloat16), built
         by ``torch.utils.cpp_extension`` in a second or two and kept in its folder. Elsewhere the scalar half goes
@@ -476,7 +474,7 @@ class Mechanic(Optimizer):
     @disable_dynamo
     @torch.no_grad()
     def unwrap(self, *schedulers: LRScheduler) -> Optimizer:
-        """The plain base optimizer back, to go on as the frozen Mechanic would: :meth:`freeze`, and the learned scale
+        """The plain base optimizer back, to go on as the frozen Mechanic would: ``freeze()``, and the learned scale
         folded into its lrs and into the base lrs of its scheduler.
 
         Step it and the scheduler that was inside yourself from here on, and save their own state dicts: nothing of the
@@ -635,12 +633,12 @@ class Mechanic(Optimizer):
 
     @disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As :meth:`torch.optim.Optimizer.zero_grad`."""
+        """As ``torch.optim.Optimizer.zero_grad()``."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     @disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As :meth:`torch.optim.Optimizer.add_param_group`.
+        """As ``torch.optim.Optimizer.add_param_group()``.
 
         The new parameters' x_ref is their value at their first step. The group shares the learned scale, or
         starts its own with `per_group`.
@@ -658,7 +656,7 @@ class Mechanic(Optimizer):
         """Everything: the base's state, the tuner, x_ref, Δ, the options and the scheduler.
 
         Its tensors are the live ones, as in torch, but for the few numbers of the tuner. Load it with
-        ``torch.load(path, weights_only=True)`` and :meth:`load_state_dict`. A Mechanic is a ``Stateful`` of
+        ``torch.load(path, weights_only=True)`` and ``load_state_dict()``. A Mechanic is a ``Stateful`` of
         ``torch.distributed.checkpoint`` as well: ``dcp.save({"mechanic": mechanic})``, ``dcp.load`` likewise.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -672,7 +670,7 @@ class Mechanic(Optimizer):
 
     @disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume: the next :meth:`step` is the one that the saved run would have taken, bit for bit.
+        """Resume: the next ``step()`` is the one that the saved run would have taken, bit for bit.
 
         The tuner's options follow the checkpoint, with a warning that names those that differ; so do lr and
         the other options of the base, as in torch. The state of a plain base optimizer (no wrapper) loads too:
@@ -803,10 +801,10 @@ def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
 
     Args:
         base: an optimizer class.
-        options: keyword arguments of :class:`Mechanic`.
+        options: keyword arguments of ``Mechanic``.
 
     Returns:
-        a class to be called with the base's own arguments. What it builds is a plain :class:`Mechanic`.
+        a class to be called with the base's own arguments. What it builds is a plain ``Mechanic``.
 
     Raises:
         TypeError: `base` is no optimizer class, or that of a Mechanic.
@@ -825,7 +823,7 @@ def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
 
 
 def is_mechanized(optimizer: object) -> bool:
-    """Whether `optimizer` is a :class:`Mechanic`."""
+    """Whether `optimizer` is a ``Mechanic``."""
     return isinstance(optimizer, Mechanic)
 
 

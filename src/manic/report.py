@@ -71,7 +71,7 @@ def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def metrics(look: Look) -> dict[str, float]:
-    """As :meth:`manic.Mechanic.metrics`."""
+    """As ``manic.Mechanic.metrics()``."""
     found: dict[str, float] = {}
     for owner, tuner in zip(look.owners, look.tuners, strict=True):
         end = owner and f"/{owner}"

@@ -81,17 +81,17 @@ def measure(groups: Sequence[Group], scales: Tensor, carried: Carried) -> Tensor
 
     An element that does not stand at x_ref + S·Δ was moved by somebody else (an edit, or it sat out while S
     changed): its x_ref is shifted so that x stays. On the CPU, and in kernels, every element is looked at only if x is
-    not, by two checksums, what the last :func:`move` left. Where Δ is recomputed an edit cannot be told from an update;
-    there x_t is noted for :func:`move`.
+    not, by two checksums, what the last ``move()`` left. Where Δ is recomputed an edit cannot be told from an update;
+    there x_t is noted for ``move()``.
 
     Args:
-        groups: the parameters with a gradient, as :func:`grouped` puts them together.
-        scales: [k], S of each learned scale as of the last :func:`move`.
-        carried: what the last :func:`move` returned; empty where it is not known.
+        groups: the parameters with a gradient, as ``grouped()`` puts them together.
+        scales: [k], S of each learned scale as of the last ``move()``.
+        carried: what the last ``move()`` returned; empty where it is not known.
 
     Returns:
-        [k, 8], columns as in :class:`manic.tuner.Sums`, dtype and device of `scales`. The last one, ‖u_{t-1}‖², is
-        for the caller to fill in: :func:`move` knew it.
+        [k, 8], columns as in ``manic.tuner.Sums``, dtype and device of `scales`. The last one, ‖u_{t-1}‖², is
+        for the caller to fill in: ``move()`` knew it.
     """
     sums = scales.new_zeros(len(scales), len(Sums._fields))
     for group in groups:
@@ -185,7 +185,7 @@ def _checksums(delta_x: Tensor, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _as_left(slots: Sequence[Slot], seen: dict[Key, list[Tensor]], carried: Carried) -> bool:
-    """Whether x is what the last :func:`move` left."""
+    """Whether x is what the last ``move()`` left."""
     left = carried.get(_identity(slots))
     if not isinstance(left, dict) or left.keys() != seen.keys():
         return False
@@ -206,23 +206,21 @@ def _anchor(groups: Sequence[list[Slot]], scales: Tensor) -> None:
 def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried: Carried) -> tuple[Tensor, Carried]:
     """One pass over x, Δ and x_ref after the base step.
 
-    .. code-block:: text
-
         d       = keep·Δ_t + u_t
         Δ_{t+1} = fade·d
         x_ref  += S_{t+1}·(1 - fade)·d
         x_{t+1} = x_ref + S_{t+1}·Δ_{t+1}          keep = fade = 1: Algorithm 1
 
-    What the base did is read off the parameters: u_t = x - x_t, and x_t is where the last :func:`move` put it.
+    What the base did is read off the parameters: u_t = x - x_t, and x_t is where the last ``move()`` put it.
 
     Args:
-        groups: the parameters with a gradient, as :func:`measure` left them.
+        groups: the parameters with a gradient, as ``measure()`` left them.
         motion: [k, 4], S_t, S_{t+1}, keep and fade of each learned scale.
         counts: [k] bool. False: u_t is taken to be 0, whatever the base did. None: all are known to be true.
-        carried: what :func:`measure` was given.
+        carried: what ``measure()`` was given.
 
     Returns:
-        [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next :func:`measure` is to find.
+        [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next ``measure()`` is to find.
     """
     carries: Carried = {}
     for group in groups:
@@ -387,7 +385,7 @@ def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
     """All elements; in the same pieces whenever they are the same slots.
 
     Args:
-        groups: as :func:`grouped` puts them together.
+        groups: as ``grouped()`` puts them together.
         wanted: what is needed of them beside x: "grad" (None, where it is sparse), "ref", "delta".
     """
     for group in groups:

@@ -30,7 +30,7 @@ PEAK = 0.99  # below this part of its highest so far the lr is taken to be on it
 
 @dataclass(frozen=True)
 class Options:
-    """What the tuner was asked to do; travels in every checkpoint. Fields as in :class:`manic.Mechanic`."""
+    """What the tuner was asked to do; travels in every checkpoint. Fields as in ``manic.Mechanic``."""
 
     variant: str = "scale_free"
     betas: tuple[float, ...] = DEFAULT_BETAS
@@ -108,7 +108,7 @@ class Tuner(NamedTuple):
         return Tuner(*flat[: 4 * n].view(4, n), *flat[4 * n :])
 
     def pack(self) -> Tensor:
-        """The inverse of :meth:`unpack`, as a new tensor."""
+        """The inverse of ``unpack()``, as a new tensor."""
         return torch.cat([*self[:4], torch.stack(self[4:])])
 
 
