@@ -20,6 +20,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", action="store_true", help="all broken checkpoints, not a sample (nox -s soak)")
+
+
 @dataclass
 class Problem:
     """mean(log cosh(a·x - b)) over one of four batches per step, x of 12 elements as a matrix and a vector."""

@@ -7,8 +7,10 @@ import copy
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -335,6 +337,22 @@ def test_without_a_compiler_compile_says_so_and_the_run_goes_on(
         m.compile()
     problem.train(parameters, m, 12)
     assert m.scale > 0
+
+
+def test_a_process_that_is_killed_while_it_compiles_stops_no_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from manic.kernels import native; native()"]
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    victim = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.o")) + list(tmp_path.rglob("lock")):  # it has begun
+        assert victim.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not list(tmp_path.rglob("*.so"))
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    assert len(list(tmp_path.glob("manic/*.so"))) == 1
 
 
 def test_triton_that_does_not_run_is_replaced_by_the_eager_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:

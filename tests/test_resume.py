@@ -283,7 +283,7 @@ def breakages() -> dict[str, Any]:
             edit(
                 lambda s: [values.pop(k) for values in s["state"].values() for k in ("mechanic_ref", "mechanic_delta")]
             ),
-            "of step 10, but has no 'mechanic_ref' for any parameter",
+            "of step 10, but has no 'mechanic_ref' for 12 of the 12 elements",
         ),
         "state of a stranger": (edit(lambda s: s["state"].update({7: s["state"][0]})), "state of parameter 7"),
         "base state of one missing": (

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manic import __version__
-from manic.checkpoint import FORMAT
+from manic.fit import FORMAT
 from manic.inspection import Found, inspect
 
 

@@ -11,30 +11,22 @@ import copy
 import dataclasses
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from manic.fit import FORMAT, SHAPED, TUNER, Record, by_id, by_number, check
 from manic.reduction import anywhere
-from manic.storage import DELTA, REF, layout_of, local, shards, wide
+from manic.schedules import parts
+from manic.storage import DELTA, REF, wide
 from manic.tuner import Options, Tuner
 
 if TYPE_CHECKING:
     from manic.mechanic import Mechanic
 
-FORMAT = 1
-
 INSIDE = ("manic", "torch")  # a warning names the user's own line
-TUNER = ("mechanic_state", "mechanic_step")
-
-# State that torch's optimizers keep in the shape of the parameter. (Not Adafactor's and LBFGS's.)
-SHAPED = {
-    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
-    *("acc_delta", "sum", "prev", "ax"),
-}
 
 
 def record(mechanic: Mechanic) -> None:
@@ -96,14 +88,15 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     """
     scheduler = mechanic.scheduler
     schedule = {} if scheduler is None else copy.deepcopy(scheduler.state_dict())
-    before = [(owner, dict(vars(owner))) for owner in (mechanic.base_optimizer, mechanic)]
+    owners = [mechanic.base_optimizer, mechanic, *(() if scheduler is None else parts(scheduler))]
+    before = [(owner, dict(vars(owner))) for owner in owners]
 
     def undo() -> None:
         for owner, attributes in before:
             vars(owner).clear()
             vars(owner).update(attributes)
         if scheduler is not None:
-            scheduler.load_state_dict(schedule)
+            scheduler.load_state_dict(schedule)  # the functions that it calls may have attributes as well
 
     layouts, fault = mechanic._layouts(), None
     try:
@@ -121,19 +114,8 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
 
 
 def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
-    try:
-        state_dict = {**state_dict, "state": _by_number(state_dict)}
-        groups = _check_groups(mechanic, state_dict)
-        plain = not any("mechanic_state" in group for group in groups)
-        saved = None if plain else _check_tuner(mechanic, groups)
-        options, frozen = (mechanic._options, False) if saved is None else (saved.options, saved.frozen)
-        _check_state(mechanic, state_dict, options, frozen=frozen)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(
-            "this is no optimizer state: it must be a dict with 'state' and 'param_groups', as state_dict() returns it "
-            f"(of a checkpoint with several entries, pass the optimizer's): {error!r}"
-        ) from error
-
+    saved = check(mechanic, state_dict)
+    state_dict = {**state_dict, "state": by_number(state_dict)}
     if saved is None:
         warn(
             f"the checkpoint is that of a plain optimizer: the state of {type(mechanic.base_optimizer).__name__} "
@@ -148,144 +130,10 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     mechanic._options, mechanic._unit = saved.options, saved.unit
     mechanic._lazy, mechanic._frozen = saved.lazy, saved.frozen
     _load_tuner(mechanic, state_dict, live)
-    if mechanic.scheduler is not None and "mechanic_scheduler" in groups[0]:
-        mechanic.scheduler.load_state_dict(copy.deepcopy(groups[0]["mechanic_scheduler"][0]))
+    if mechanic.scheduler is not None and saved.schedule is not None:
+        mechanic.scheduler.load_state_dict(copy.deepcopy(saved.schedule))
         mechanic._epoch = None
     mechanic._settle()
-
-
-# ---------------------------------------------------------------------- does it fit?
-
-
-def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    saved, live = state_dict["param_groups"], mechanic.param_groups
-    sizes = [len(group["params"]) for group in saved], [len(group["params"]) for group in live]
-    if len(sizes[0]) != len(sizes[1]):
-        raise ValueError(f"the checkpoint has {len(sizes[0])} param groups, the optimizer has {len(sizes[1])}")
-    for i, (theirs, ours) in enumerate(zip(*sizes, strict=True)):
-        if theirs != ours:
-            raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")
-        for name, default in mechanic.defaults.items():
-            # torch fills in the flags that an older version did not have; a number is another optimizer's.
-            if name not in saved[i] and default is not None and not isinstance(default, bool):
-                raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
-    return list(saved)
-
-
-class Record(NamedTuple):
-    """What a checkpoint says of its Mechanic: see ``record()``."""
-
-    base: str  # name of the base's class
-    scheduler: str | None  # of the inner scheduler's
-    unit: float  # the base lr that is divided out
-    lazy: bool  # the base creates its state in its first step
-    frozen: bool
-    options: Options
-
-
-def read_record(groups: Sequence[Mapping[str, Any]]) -> Record:
-    """What the param groups of a checkpoint say of their Mechanic, and that their tensors are as it says.
-
-    Raises:
-        ValueError: something is missing, broken, or of another format.
-    """
-    for i, group in enumerate(groups):
-        for key in ("mechanic_options", *TUNER):
-            if key not in group:
-                raise ValueError(f"param group {i} of the checkpoint has no {key!r}")
-    saved = groups[0]["mechanic_options"][0]
-    if not isinstance(saved, dict):
-        raise ValueError(f"the checkpoint's options are broken: {saved!r}")
-    saved = saved.copy()
-    found = saved.pop("format", None)
-    if found != FORMAT:
-        raise ValueError(f"the checkpoint has format {found!r}, this version of manic reads {FORMAT}: upgrade manic")
-    try:
-        base, scheduler = saved.pop("base"), saved.pop("scheduler")
-        unit, lazy, frozen = float(saved.pop("unit")), saved.pop("lazy"), saved.pop("frozen")
-        if not isinstance(lazy, bool) or not isinstance(frozen, bool):
-            raise TypeError(f"lazy = {lazy!r} and frozen = {frozen!r} must be bools")
-        options = Options(**saved)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the checkpoint's options are broken: {error}") from error
-    for i, group in enumerate(groups):
-        for key, expected in zip(TUNER, ((Tuner.size(len(options.betas)),), ()), strict=True):
-            value = group[key]
-            if not isinstance(value, Tensor) or value.shape != expected or not value.is_floating_point():
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{key} of param group {i} must be a float tensor of shape {expected}, got {got}")
-            _check_finite(f"{key} of param group {i}", value)
-    return Record(base, scheduler, unit, lazy, frozen, options)
-
-
-def _check_tuner(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
-    """The checkpoint's record, of a Mechanic around the same base, with a scheduler of the same kind."""
-    saved = read_record(groups)
-    ours, scheduler = type(mechanic.base_optimizer).__name__, mechanic.scheduler
-    if saved.base != ours:
-        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {ours}")
-    if saved.scheduler is not None and scheduler is not None and saved.scheduler != type(scheduler).__name__:
-        raise ValueError(
-            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
-            f"{type(scheduler).__name__}"
-        )
-    return saved
-
-
-def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], options: Options, *, frozen: bool) -> None:
-    params, state = _by_id(mechanic, state_dict), state_dict["state"]
-    mechanic._check_params(list(params.values()), options)
-    foreign = [key for key in state if isinstance(key, int) and key not in params]
-    if foreign:
-        raise ValueError(f"the checkpoint has state of parameter {foreign[0]}, which is in none of its param groups")
-    ours = set() if frozen else {REF, DELTA} if options.store_delta else {REF}
-    known = SHAPED if type(mechanic.base_optimizer).__module__.startswith("torch.optim") else set()
-    stepped = {key: state[key] for key in params if isinstance(state.get(key), dict) and state[key]}
-    for key, values in stepped.items():
-        if values.keys() & {REF, DELTA} not in (ours, set()):
-            raise ValueError(
-                f"the state of parameter {key} has {sorted(values.keys() & {REF, DELTA})}, not {sorted(ours)}"
-            )
-        for name in sorted(values.keys() & (ours | known)):
-            _check_tensor(f"{name} of parameter {key}", values[name], params[key], finite=name in ours)
-    whole = frozen or mechanic.process_group is not None or any(REF in values for values in stepped.values())
-    for group in state_dict["param_groups"]:
-        if (
-            not whole
-            and "mechanic_state" in group
-            and Tuner.unpack(group["mechanic_state"], len(options.betas)).numel > 0
-        ):
-            raise ValueError(
-                f"the checkpoint is of step {int(group['mechanic_step'])}, but has no {REF!r} for any parameter. "
-                "torch.distributed.checkpoint loads what it is asked for: ask with the Mechanic itself, "
-                "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there, and not frozen"
-            )
-        members = [key for key in group["params"] if key in stepped]
-        for name in sorted(known & set(chain.from_iterable(stepped[key] for key in members))):
-            without = [key for key in members if name not in stepped[key]]
-            if without:
-                raise ValueError(
-                    f"the checkpoint has no {name!r} for parameter {without[0]}, as for others of its group"
-                )
-
-
-def _check_tensor(what: str, value: Any, p: Tensor, *, finite: bool) -> None:
-    """That a value of the checkpoint can be the state of p."""
-    if not isinstance(value, Tensor) or value.shape != p.shape or value.is_complex() != p.is_complex():
-        got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{what} is {got} in the checkpoint; the parameter is {tuple(p.shape)} {p.dtype}")
-    if shards(layout_of(value)) != shards(layout_of(p)):
-        raise ValueError(
-            f"{what} is cut over {shards(layout_of(value))} processes in the checkpoint, the parameter over "
-            f"{shards(layout_of(p))}: to change their number, save and load with torch.distributed.checkpoint"
-        )
-    if finite:
-        _check_finite(what, value)
-
-
-def _check_finite(what: str, value: Tensor) -> None:
-    if not bool(local(value).isfinite().all()):
-        raise ValueError(f"{what} has values in the checkpoint that are not finite: it is damaged")
 
 
 def _name_differences(mechanic: Mechanic, saved: Record) -> None:
@@ -303,25 +151,6 @@ def _name_differences(mechanic: Mechanic, saved: Record) -> None:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
 
 
-def _by_number(state_dict: dict[str, Any]) -> dict[Any, Any]:
-    """The state by parameter. DCP leaves what is no tensor (a count of steps, say) under the number as a string."""
-    state = dict(state_dict["state"])
-    for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
-        if isinstance(key, int) and str(key) in state:
-            state[key] = {**state.get(key, {}), **state.pop(str(key))}
-    return state
-
-
-def _by_id(mechanic: Mechanic, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
-    """The live parameters by the ids that they have in the checkpoint."""
-    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    params = chain.from_iterable(group["params"] for group in mechanic.param_groups)
-    return dict(zip(ids, params, strict=True))
-
-
-# ---------------------------------------------------------------------- load
-
-
 def _load_base(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     """The base's own part, by its own rules, except that scalars keep their dtype."""
     base = mechanic.base_optimizer
@@ -332,9 +161,9 @@ def _load_base(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     base.load_state_dict({**state_dict, "state": {key: values for key, values in state.items() if values != {}}})
     # torch casts float state to the parameter's dtype: right for moments, but NAdam's and ASGD's float32
     # scalars would be rounded to bfloat16.
-    for key, p in _by_id(mechanic, state_dict).items():
+    for key, p in by_id(mechanic, state_dict).items():
         for name, value in state.get(key, {}).items():
-            if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point():
+            if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and name not in SHAPED:
                 base.state[p][name] = value.to(device=base.state[p][name].device, copy=True)
 
 
@@ -348,7 +177,7 @@ def _load_tuner(mechanic: Mechanic, state_dict: dict[str, Any], live: Mapping[Te
         group["mechanic_step"] = groups[0]["mechanic_step"]
         if not mechanic._options.per_group:
             group["mechanic_state"] = groups[0]["mechanic_state"]
-    for key, p in _by_id(mechanic, state_dict).items():
+    for key, p in by_id(mechanic, state_dict).items():
         for name in (REF, DELTA):
             saved = state_dict["state"].get(key, {}).get(name)
             if saved is None:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manic.checkpoint import FORMAT, Record, read_record
+from manic.fit import FORMAT, Record, read_record
 from manic.report import Look, look_at, metrics
 from manic.storage import DELTA, REF
 
-GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_state|mechanic_step|mechanic_options|lr|name)")
+GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_(?:state|step|options|scheduler)|lr|name)")
 STATE = re.compile(r"(.*\.)?state\.(.+)\.([^.]+)")
 
 METADATA = {

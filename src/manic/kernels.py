@@ -5,7 +5,10 @@ CUDA devices (``triton_kernels.py``). They do what the eager pieces of sweeps.py
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import sys
+import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -126,12 +129,12 @@ class Native(Kernels):
 
 @lru_cache(maxsize=1)
 def native() -> Native:
-    """The C++ sweeps: built by torch once per kind of processor, in torch's folder for extensions.
+    """The C++ sweeps: built by torch once per kind of processor, and kept beside torch's own extensions.
 
     Raises:
         RuntimeError: there is no compiler or no ninja, or they fail.
     """
-    from torch.utils.cpp_extension import load
+    from torch.utils import cpp_extension
 
     # By the instructions that torch found here, not those of the machine that builds: the folder may be shared.
     capability = torch.backends.cpu.get_cpu_capability()
@@ -139,15 +142,26 @@ def native() -> Native:
     threads = "-fopenmp-simd" if sys.platform == "darwin" else "-fopenmp"
     # No a·b + c in one rounding but where it is asked for: x_t is rebuilt, so both ways must give the same.
     exact = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags = ["-O3", *architecture, threads, *exact]
+    source = Path(__file__).with_name("native.cpp")
+    made_of = hashlib.sha256("\n".join([source.read_text(), torch.__version__, *flags]).encode())
     try:
-        library = load(
-            f"manic_native_{capability.lower().replace(' ', '_')}",
-            [str(Path(__file__).with_name("native.cpp"))],
-            extra_cflags=["-O3", *architecture, threads, *exact],
-            extra_ldflags=[threads],
-            is_python_module=False,
-        )
-        return Native(library)
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "manic"
+        library = folder / f"native-{made_of.hexdigest()[:16]}.so"
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            # In a folder of its own: a process that is killed in one that is shared leaves a lock for all that follow.
+            with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as place:
+                built = cpp_extension.load(
+                    "manic_native",
+                    [str(source)],
+                    extra_cflags=flags,
+                    extra_ldflags=[threads],
+                    build_directory=place,
+                    is_python_module=False,
+                )
+                os.replace(built, library)
+        return Native(str(library))
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"the C++ sweeps could not be built: {error}\nThey need a C++ compiler (g++ or clang++) and ninja "

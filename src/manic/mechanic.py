@@ -681,6 +681,8 @@ class Mechanic(Optimizer):
                 parameters, shapes, shards, missing or foreign state, values that are not finite). Nothing has been
                 loaded then, and on every other process that shares the model ``load_state_dict`` raises as well.
         """
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"load_state_dict takes the dict that state_dict() returned, got {state_dict!r}")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(pre_hook(self, state_dict), state_dict)

@@ -52,6 +52,9 @@ class Options:
             raise ValueError(f"s_decay must be >= 0, got {self.s_decay!r}; use 0 to switch the decay off")
         if self.s_init is not None and _number("s_init", self.s_init) <= 0:
             raise ValueError(f"s_init must be > 0, got {self.s_init!r}; use None for the variant's own start")
+        for name in ("store_delta", "per_group"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if _number("eps", self.eps) <= 0:
             raise ValueError(f"eps must be > 0, got {self.eps!r}")
 

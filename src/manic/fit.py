@@ -1,0 +1,365 @@
+"""Whether a checkpoint fits a Mechanic: all that is asked of one before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from manic.schedules import IN_A_GROUP
+from manic.storage import DELTA, REF, layout_of, local, shards
+from manic.tuner import Options, Tuner
+
+if TYPE_CHECKING:
+    from manic.mechanic import Mechanic
+
+FORMAT = 1
+TUNER = ("mechanic_state", "mechanic_step")
+
+# State that torch's optimizers keep in the shape of the parameter. (Not Adafactor's and LBFGS's.)
+SHAPED = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"),
+    *("acc_delta", "sum", "prev", "ax", "step_size"),
+}
+
+# What torch and this package raise at a value of the wrong kind.
+WRONG = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError)
+
+
+class Record(NamedTuple):
+    """What a checkpoint says of its Mechanic: see ``manic.checkpoint.record()``."""
+
+    base: str  # name of the base's class
+    scheduler: str | None  # of the inner scheduler's
+    schedule: dict[str, Any] | None  # its state
+    unit: float  # the base lr that is divided out
+    lazy: bool  # the base creates its state in its first step
+    frozen: bool
+    options: Options
+
+
+def check(mechanic: Mechanic, state_dict: dict[str, Any]) -> Record | None:
+    """What a checkpoint that fits says of its Mechanic; None: it is a plain optimizer's. Changes nothing.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    try:
+        state_dict = {**state_dict, "state": by_number(state_dict)}
+        groups = _check_groups(mechanic, state_dict)
+        plain = not any("mechanic_state" in group for group in groups)
+        saved = None if plain else _check_record(mechanic, groups)
+        _check_state(mechanic, state_dict, saved)
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            "this is no optimizer state: it must be a dict with 'state' and 'param_groups', as state_dict() returns it "
+            f"(of a checkpoint with several entries, pass the optimizer's): {error!r}"
+        ) from error
+    return saved
+
+
+def by_number(state_dict: dict[str, Any]) -> dict[Any, Any]:
+    """The state by parameter. DCP leaves what is no tensor (a count of steps, say) under the number as a string."""
+    state = dict(state_dict["state"])
+    for key in chain.from_iterable(group["params"] for group in state_dict["param_groups"]):
+        if isinstance(key, int) and str(key) in state:
+            state[key] = {**state.get(key, {}), **state.pop(str(key))}
+    return state
+
+
+def by_id(mechanic: Mechanic, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+    """The live parameters by the ids that they have in the checkpoint."""
+    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in mechanic.param_groups)
+    return dict(zip(ids, params, strict=True))
+
+
+# ---------------------------------------------------------------------- param groups
+
+
+def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    saved, live = state_dict["param_groups"], mechanic.param_groups
+    sizes = [len(group["params"]) for group in saved], [len(group["params"]) for group in live]
+    if len(sizes[0]) != len(sizes[1]):
+        raise ValueError(f"the checkpoint has {len(sizes[0])} param groups, the optimizer has {len(sizes[1])}")
+    ids = [key for group in saved for key in group["params"]]
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"the param groups of the checkpoint have a parameter twice: {ids}")
+    for i, (theirs, ours) in enumerate(zip(*sizes, strict=True)):
+        if theirs != ours:
+            raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")
+        for name, default in mechanic.defaults.items():
+            # torch fills in the flags that an older version did not have; a number is another optimizer's.
+            if name not in saved[i] and default is not None and not isinstance(default, bool):
+                raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
+        own = {name for name in live[i] if name.startswith("mechanic_")}
+        for name in saved[i].keys() & live[i].keys() - own - {"params", "param_names"}:
+            value, here = saved[i][name], live[i][name]
+            unset = value is None and mechanic.defaults.get(name) is None
+            endless = name in IN_A_GROUP and _is_number(value) and not math.isfinite(value)
+            if not unset and (endless or not _alike(value, here)):
+                raise ValueError(f"{name} of param group {i} is {value!r} in the checkpoint, {here!r} here")
+    return list(saved)
+
+
+def _alike(value: Any, here: Any) -> bool:
+    """Whether a setting of a checkpoint can take the place of the one that is here: the same kind, and no NaN."""
+    if here is None:
+        return True
+    if isinstance(here, bool):
+        return isinstance(value, bool)
+    if _is_number(here):
+        return _is_number(value) and not math.isnan(value)
+    if isinstance(here, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(here) and all(map(_alike, value, here))
+    if isinstance(here, Mapping):
+        return isinstance(value, Mapping)
+    return isinstance(value, type(here))
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool and _is_plain(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_meta
+
+
+# ---------------------------------------------------------------------- the Mechanic's own
+
+
+def read_record(groups: Sequence[Mapping[str, Any]]) -> Record:
+    """What the param groups of a checkpoint say of their Mechanic, and that their tensors are as it says.
+
+    Raises:
+        ValueError: something is missing, broken, or of another format.
+    """
+    for i, group in enumerate(groups):
+        for key in ("mechanic_options", *TUNER):
+            if key not in group:
+                raise ValueError(f"param group {i} of the checkpoint has no {key!r}")
+    saved = _in_a_tuple(groups[0]["mechanic_options"], "options are").copy()
+    found = saved.pop("format", None)
+    if found != FORMAT:
+        raise ValueError(f"the checkpoint has format {found!r}, this version of manic reads {FORMAT}: upgrade manic")
+    try:
+        base, scheduler = saved.pop("base"), saved.pop("scheduler")
+        unit, lazy, frozen = float(saved.pop("unit")), saved.pop("lazy"), saved.pop("frozen")
+        if not isinstance(lazy, bool) or not isinstance(frozen, bool):
+            raise TypeError(f"lazy = {lazy!r} and frozen = {frozen!r} must be bools")
+        if not 0 <= unit < math.inf:
+            raise ValueError(f"unit = {unit} must be >= 0 and finite")
+        options = Options(**saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint's options are broken: {error}") from error
+    for i, group in enumerate(groups):
+        for key, expected in zip(TUNER, ((Tuner.size(len(options.betas)),), ()), strict=True):
+            value = group[key]
+            fits = isinstance(value, Tensor) and value.shape == expected and _is_plain(value)
+            if not fits or not value.is_floating_point():
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{key} of param group {i} must be a float tensor of shape {expected}, got {got}")
+            _check_finite(f"{key} of param group {i}", value)
+            if not options.per_group and not torch.equal(value, groups[0][key].to(value)):
+                raise ValueError(f"{key} of param group {i} differs from that of group 0, and they share one scale")
+    schedule = None
+    if scheduler is not None:
+        if "mechanic_scheduler" not in groups[0]:
+            raise ValueError(f"the checkpoint has a {scheduler}, and no 'mechanic_scheduler'")
+        schedule = _in_a_tuple(groups[0]["mechanic_scheduler"], "state of the scheduler is")
+    return Record(base, scheduler, schedule, unit, lazy, frozen, options)
+
+
+def _in_a_tuple(value: Any, what: str) -> dict[str, Any]:
+    """A dict, which DCP keeps whole only if it is in a tuple."""
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], dict):
+        return value[0]
+    raise ValueError(f"the checkpoint's {what} broken: {value!r}")
+
+
+def _check_record(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
+    """The checkpoint's record, of a Mechanic around the same base, with a scheduler of the same kind."""
+    saved = read_record(groups)
+    ours, scheduler = type(mechanic.base_optimizer).__name__, mechanic.scheduler
+    if saved.base != ours:
+        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {ours}")
+    if scheduler is None or saved.schedule is None:
+        return saved
+    if saved.scheduler != type(scheduler).__name__:
+        raise ValueError(
+            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
+            f"{type(scheduler).__name__}"
+        )
+    _check_schedule(saved.schedule, scheduler.state_dict(), type(scheduler).__name__)
+    return saved
+
+
+def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> None:
+    for key, value in here.items():
+        if key not in saved:
+            if key in ("last_epoch", "base_lrs"):
+                raise ValueError(f"the state of {name} has no {key!r} in the checkpoint")
+        elif isinstance(value, list) and value and isinstance(value[0], dict) and "last_epoch" in value[0]:
+            if not _alike(saved[key], value):
+                raise ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint")
+            for theirs, ours in zip(saved[key], value, strict=True):
+                _check_schedule(theirs, ours, f"{name}.{key}")
+        elif not _alike(saved[key], value):
+            raise ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint, {value!r} here")
+
+
+# ---------------------------------------------------------------------- state
+
+
+def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], saved: Record | None) -> None:
+    options, frozen = (mechanic._options, False) if saved is None else (saved.options, saved.frozen)
+    params, state = by_id(mechanic, state_dict), state_dict["state"]
+    mechanic._check_params(list(params.values()), options)
+    foreign = [key for key in state if isinstance(key, int) and key not in params]
+    if foreign:
+        raise ValueError(f"the checkpoint has state of parameter {foreign[0]}, which is in none of its param groups")
+    for key in params:
+        if not isinstance(state.get(key, {}), dict):
+            raise ValueError(f"the state of parameter {key} is {state[key]!r} in the checkpoint, and must be a dict")
+    ours = set() if frozen else {REF, DELTA} if options.store_delta else {REF}
+    stepped = {key: state[key] for key in params if state.get(key)}
+    for key, values in stepped.items():
+        if values.keys() & {REF, DELTA} not in (ours, set()):
+            raise ValueError(
+                f"the state of parameter {key} has {sorted(values.keys() & {REF, DELTA})}, not {sorted(ours)}"
+            )
+        for name in sorted(ours & values.keys()):
+            _check_tensor(f"{name} of parameter {key}", values[name], params[key])
+            _check_finite(f"{name} of parameter {key}", values[name])
+    if saved is not None and not frozen and mechanic.process_group is None:
+        _check_whole(params, stepped, state_dict["param_groups"], options)
+    if type(mechanic.base_optimizer).__module__.startswith("torch.optim"):
+        _check_base_state(mechanic, state_dict["param_groups"], stepped, params)
+
+
+def _check_whole(
+    params: dict[Any, Tensor], stepped: dict[Any, Any], groups: list[dict[str, Any]], options: Options
+) -> None:
+    """That what the last step was about has its x_ref: other elements would begin anew, and nobody would know."""
+    counts = [Tuner.unpack(group["mechanic_state"], len(options.betas)).numel for group in groups]
+    members = [group["params"] for group in groups]
+    if not options.per_group:
+        counts, members = counts[:1], [list(chain.from_iterable(members))]
+    for count, keys in zip(counts, members, strict=True):
+        known = [key for key in keys if REF in stepped.get(key, {})]
+        frozen = [key for key in keys if key not in known and not params[key].requires_grad]  # DCP leaves them out
+        numel = sum(params[key].numel() * (2 if params[key].is_complex() else 1) for key in known + frozen)
+        if numel < float(count) * (1 - 1e-6):
+            raise ValueError(
+                f"the checkpoint is of step {int(groups[0]['mechanic_step'])}, but has no {REF!r} for "
+                f"{float(count) - numel:.0f} of the {float(count):.0f} elements that had a gradient then. "
+                "torch.distributed.checkpoint loads what it is asked for: ask with the Mechanic itself, "
+                "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there, and not frozen"
+            )
+
+
+def _check_base_state(
+    mechanic: Mechanic, groups: list[dict[str, Any]], stepped: dict[Any, Any], params: dict[Any, Tensor]
+) -> None:
+    """That one of torch's own optimizers finds in the state what it will look for."""
+    base = mechanic.base_optimizer
+    examples: dict[Any, dict[str, Any] | None] = {}
+    for i, group in enumerate(groups):
+        members = [key for key in group["params"] if key in stepped]
+        known = {name for key in members for name in stepped[key].keys() & SHAPED}
+        for key in members:
+            p, values = params[key], stepped[key]
+            kind = i, p.dtype, p.device, p.dim()
+            if kind not in examples:
+                examples[kind] = _example(base, i, group, p)
+            example = examples[kind]
+            if not mechanic._lazy:
+                example = {name: value for name, value in base.state[p].items() if name not in (REF, DELTA)}
+            elif example is None:
+                example = dict.fromkeys(known, p)
+            for name, like in example.items():
+                if like is not None and name not in values:
+                    raise ValueError(f"the checkpoint has no {name!r} for parameter {key}")
+                _check_value(name, f"{name} of parameter {key}", values.get(name), like, p)
+
+
+def _example(base: Optimizer, i: int, options: Mapping[str, Any], p: Tensor) -> dict[str, Any] | None:
+    """The state that the base's first step makes for a parameter like p, by the checkpoint's options; None: it cannot
+    be told, since the base wants a closure, sparse gradients, or state that is there from the start.
+
+    Raises:
+        ValueError: the options do not work.
+    """
+    here = base.param_groups[i]
+    try:
+        return _first_state(base, {**here, **options}, p)
+    except WRONG as error:
+        try:
+            _first_state(base, here, p)
+        except WRONG:
+            return None
+        raise ValueError(f"the options of param group {i} in the checkpoint do not work: {error}") from error
+
+
+def _first_state(base: Optimizer, options: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
+    """What the step of a stand-in leaves, with two elements in every dimension of p."""
+    small = torch.nn.Parameter(torch.zeros((2,) * p.dim(), dtype=p.dtype, device=p.device))
+    small.grad = torch.zeros_like(small)
+    mine = {k: copy.deepcopy(v) for k, v in options.items() if k != "params" and not k.startswith("mechanic_")}
+    stand_in = object.__new__(type(base))
+    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(base) if name.endswith("_hooks")}
+    vars(stand_in).update(
+        {**vars(base), **hooks, "param_groups": [{**mine, "params": [small]}], "state": defaultdict(dict)}
+    )
+    vars(stand_in).pop("step", None)  # an LR scheduler's patch
+    step = type(base).step
+    getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
+    return dict(stand_in.state[small])
+
+
+def _check_value(name: str, what: str, value: Any, like: Any, p: Tensor) -> None:
+    """That a value of the checkpoint is what the base keeps in its place."""
+    if like is None:
+        return
+    if isinstance(like, Tensor) and (like.dim() > 0 or name in SHAPED):
+        if like.shape in (p.shape, (2,) * p.dim()):
+            _check_tensor(what, value, p)
+        elif not isinstance(value, Tensor) or value.dim() != like.dim() or not _is_plain(value):
+            raise ValueError(f"{what} is {value!r} in the checkpoint, and must be a tensor of {like.dim()} dimensions")
+        if bool(local(value).isnan().any()):
+            raise ValueError(f"{what} has NaN in it: the checkpoint is damaged, or of a run that was lost")
+        return
+    number = isinstance(like, Tensor) or _is_number(like)
+    if isinstance(like, Tensor) and isinstance(value, Tensor):
+        same = (value.dim(), value.is_floating_point()) == (0, like.is_floating_point())
+    else:
+        same = isinstance(value, int | float | Tensor) if number else True
+    if not same or not _alike(value, 0.0 if number else like) or (name == "step" and not 0 <= value < math.inf):
+        raise ValueError(f"{what} is {value!r} in the checkpoint")
+
+
+def _check_tensor(what: str, value: Any, p: Tensor) -> None:
+    """That a value of the checkpoint can be the state of p."""
+    fits = isinstance(value, Tensor) and value.shape == p.shape and _is_plain(value)
+    if not fits or (value.is_complex(), value.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
+        got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} is {got} in the checkpoint; the parameter is {tuple(p.shape)} {p.dtype}")
+    if shards(layout_of(value)) != shards(layout_of(p)):
+        raise ValueError(
+            f"{what} is cut over {shards(layout_of(value))} processes in the checkpoint, the parameter over "
+            f"{shards(layout_of(p))}: to change their number, save and load with torch.distributed.checkpoint"
+        )
+
+
+def _check_finite(what: str, value: Tensor) -> None:
+    if not bool(local(value).isfinite().all()):
+        raise ValueError(f"{what} has values in the checkpoint that are not finite: it is damaged")

@@ -1,0 +1,279 @@
+"""Broken checkpoints: each either loads as it says, and the run goes on, or a ValueError tells why and nothing changed.
+
+Every value of valid checkpoints is deleted, retyped, reshaped, made NaN, exchanged for its neighbours; their files are
+cut, and have bytes flipped.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import itertools
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from manic import Mechanic
+from manic.inspection import inspect
+
+SCHEDULERS = torch.optim.lr_scheduler
+
+
+class Case(NamedTuple):
+    """A run whose checkpoint is broken."""
+
+    base: str
+    options: dict[str, Any]  # of the base
+    mechanic: dict[str, Any]
+    scheduler: str = "none"
+    groups: int = 1
+    dtype: torch.dtype = torch.float32
+    frozen: bool = False
+
+    def __str__(self) -> str:
+        words = [self.base, self.scheduler, *map(str, self.mechanic.values()), str(self.dtype).removeprefix("torch.")]
+        return "-".join([*words, *(["frozen"] if self.frozen else [])])
+
+
+CASES = [
+    Case("AdamW", {"amsgrad": True}, {}, "cosine", groups=2),
+    Case("AdamW", {"lr": 1.0}, {"per_group": True}, "sequential", groups=2),
+    Case("SGD", {"momentum": 0.9}, {}, "onecycle"),
+    Case("SGD", {}, {"store_delta": False}, "multistep"),
+    Case("Adagrad", {}, {"variant": "paper", "s_init": 0.1}),
+    Case("NAdam", {}, {}, "lambda", dtype=torch.bfloat16),
+    Case("RMSprop", {"centered": True}, {}, "cosine", frozen=True),
+]
+
+
+def build(case: Case, seed: int) -> tuple[list[nn.Parameter], Mechanic]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(3, 3), (3,), (3, 3), ()]
+    parameters = [nn.Parameter(torch.randn(s, generator=generator).to(case.dtype)) for s in shapes]
+    groups = [{"params": parameters[i :: case.groups]} for i in range(case.groups)]
+    base = getattr(torch.optim, case.base)(groups, **{"lr": 0.1, **case.options})
+    schedule = {
+        "none": lambda: None,
+        "cosine": lambda: SCHEDULERS.CosineAnnealingLR(base, T_max=40),
+        "onecycle": lambda: SCHEDULERS.OneCycleLR(base, max_lr=0.1, total_steps=40),
+        "multistep": lambda: SCHEDULERS.MultiStepLR(base, [3, 30]),
+        "lambda": lambda: SCHEDULERS.LambdaLR(base, lambda t: 1 / (1 + t)),
+        "sequential": lambda: SCHEDULERS.SequentialLR(
+            base,
+            [SCHEDULERS.LinearLR(base, total_iters=4), SCHEDULERS.CosineAnnealingLR(base, T_max=30)],
+            milestones=[4],
+        ),
+    }[case.scheduler]()
+    return parameters, Mechanic(base, schedule, **case.mechanic)
+
+
+def train(parameters: list[nn.Parameter], mechanic: Mechanic, steps: range) -> None:
+    for t in steps:
+        for i, p in enumerate(parameters):
+            p.grad = (p.detach().float() - math.sin(t + i)).to(p.dtype)
+        mechanic.step()
+
+
+def trained(case: Case, seed: int, steps: int) -> tuple[list[nn.Parameter], Mechanic]:
+    parameters, mechanic = build(case, seed)
+    train(parameters, mechanic, range(steps))
+    if case.frozen and steps:
+        mechanic.freeze()
+    return parameters, mechanic
+
+
+def equal(a: Any, b: Any) -> bool:
+    """To the bit, types included; NaN equals NaN."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.is_sparse or a.is_meta or (a.layout, a.device) != (b.layout, b.device):
+            return (a.layout, a.device, a.dtype, a.shape) == (b.layout, b.device, b.dtype, b.shape)
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of everything in a checkpoint, from the outside in."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inner in items:
+        yield from paths(inner, (*path, key))
+
+
+GONE = object()
+
+
+def get(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """The same with something else, or nothing, in one place."""
+    if not path:
+        return new
+    inner = put(value[path[0]], path[1:], new)
+    if isinstance(value, dict):
+        return {k: inner if k == path[0] else v for k, v in value.items() if k != path[0] or inner is not GONE}
+    return type(value)([inner if i == path[0] else v for i, v in enumerate(value) if i != path[0] or inner is not GONE])
+
+
+def broken(value: Any) -> Iterator[Any]:
+    """What might stand in its place."""
+    yield from (GONE, None, "junk", -1, 1e30, math.nan, math.inf, True, [], {}, (1.5, 2.5), b"\0", torch.ones(()))
+    yield from (torch.full((2,), math.nan), {"a": 1}, [[]], 10**30, 1j, object)
+    if isinstance(value, Tensor):
+        yield from (value[None], value.reshape(-1)[:-1], value.flatten(), value.new_zeros(0), value.new_zeros(7, 2))
+        yield from (torch.full_like(value, math.nan), torch.full_like(value, math.inf), value.to(torch.complex64))
+        yield from (value.to(torch.int64), value.bool(), value.to("meta"), value.to_sparse(), value.tolist())
+        one = value.clone()
+        one.view(-1)[-1:] = math.nan
+        yield one
+    if isinstance(value, dict):
+        yield from ({**value, "more": 1}, {str(k): v for k, v in value.items()}, list(value.items()))
+        yield {k: list(value.values())[i - 1] for i, k in enumerate(value)}  # turned by one
+    if isinstance(value, list | tuple) and value:
+        yield from (value[:-1], [*value, value[0]], value[::-1], dict(enumerate(value)))
+
+
+def variations(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every place of a checkpoint with something else in it, and exchanged with a neighbour."""
+    for path in paths(state):
+        for new in broken(get(state, path)):
+            yield f"{path} = {'nothing' if new is GONE else repr(new)}", put(state, path, new)
+    for parent in [(), *paths(state)]:
+        inner = get(state, parent)
+        if isinstance(inner, dict):
+            for a, b in itertools.combinations(inner, 2):
+                yield f"{parent}: {a!r} <-> {b!r}", put(state, parent, {**inner, a: inner[b], b: inner[a]})
+    for value in (None, 1, [], "junk", {}, torch.ones(2)):
+        yield repr(value), value
+
+
+def snapshot(parameters: list[nn.Parameter], mechanic: Mechanic) -> Any:
+    attributes = {key: value for key, value in vars(mechanic).items() if key.startswith("_") and "hooks" not in key}
+    plain = {key: value for key, value in attributes.items() if isinstance(value, int | float | str | bool | None)}
+    return copy.deepcopy(
+        [[p.detach() for p in parameters], mechanic.state_dict(), plain, [dict(g) for g in mechanic.param_groups]]
+    )
+
+
+def attempt(case: Case, what: str, state: Any, steps: int) -> str:
+    """What is wrong with the way in which a Mechanic that has taken so many steps receives it; "": nothing."""
+    parameters, mechanic = trained(case, 1, steps)
+    before = snapshot(parameters, mechanic)
+    given = copy.deepcopy(state)
+    try:
+        mechanic.load_state_dict(state)
+    except ValueError as error:
+        if not equal(snapshot(parameters, mechanic), before):
+            return f"half loaded, with {error!r}"
+        train(parameters, mechanic, range(steps, steps + 2))
+        others, other = trained(case, 1, steps)
+        train(others, other, range(steps, steps + 2))
+        same = equal(snapshot(parameters, mechanic), snapshot(others, other))
+        return "" if same else f"goes on otherwise, after {error!r}"
+    except Exception as error:
+        return f"{error!r}"
+    if not equal(state, given):
+        return "it changed what it was given"
+    try:
+        train(parameters, mechanic, range(20, 22))
+    except Exception as error:
+        return f"loaded, and then {error!r}"
+    if any(word in what for word in ("e+30", "1000000", "grad_avg")):
+        return ""  # values like others, by which the run may well be lost
+    finite = all(bool(p.isfinite().all()) for p in parameters) and bool(mechanic.scale.isfinite().all())
+    return "" if finite else "loaded, and then it is not finite"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_anything_else_in_any_place_of_a_state_dict(
+    case: Case, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """One in eight in the quick tests; all of them, 18 000, with --every."""
+    source = trained(case, 0, 5)[1].state_dict()
+    every = request.config.getoption("--every")
+    found = []
+    for number, (what, state) in enumerate(itertools.islice(variations(source), 0, None, 1 if every else 8)):
+        fault = attempt(case, what, state, steps=4 * (number % 2))
+        found += [f"{what}: {fault}"] if fault else []
+    record_property("cases", number + 1)
+    assert not found, "\n".join([f"{len(found)} of {number + 1}", *found[:20]])
+
+
+# ---------------------------------------------------------------------- files
+
+
+def read(path: Path) -> Any:
+    """The recipe of docs/checkpoints.md."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: {damaged}")
+    return torch.load(path, weights_only=True)
+
+
+def test_files_that_are_cut_or_have_bytes_flipped(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Either it cannot be read, or what is read is what was written."""
+    path = tmp_path / "checkpoint.pt"
+    state = trained(CASES[0], 0, 5)[1].state_dict()
+    torch.save(state, path)
+    whole = path.read_bytes()
+    random = Random(0)
+    refused = 0
+    count = 3000 if request.config.getoption("--every") else 300
+    for number in range(count):
+        data = bytearray(whole)
+        if number % 3 == 0:
+            del data[random.randrange(len(data)) :]
+        elif number % 3 == 1:
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        else:
+            start = random.randrange(len(data))
+            data[start : start + 64] = random.randbytes(64)
+        path.write_bytes(data)
+        try:
+            found = read(path)
+        except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile):
+            refused += 1
+            continue
+        assert equal(found, state)
+        parameters, mechanic = trained(CASES[0], 1, 4)
+        mechanic.load_state_dict(found)
+        train(parameters, mechanic, range(5, 7))
+    assert count * 0.5 < refused < count
+
+
+class Bomb:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return exec, ("import builtins; builtins.exploded = True",)
+
+
+@pytest.mark.parametrize("where", ["state", "param_groups", "more"])
+def test_no_code_is_run(tmp_path: Path, where: str) -> None:
+    state = {**trained(CASES[0], 0, 5)[1].state_dict(), "more": 1, where: Bomb()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        read(tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="not safe to load"):
+        inspect(tmp_path / "checkpoint.pt")
+    assert not hasattr(builtins, "exploded")
