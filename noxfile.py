@@ -47,6 +47,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Tests that try to break it, whole: 200 kills, all broken checkpoints, 1000 random programs. Some 20 minutes."""
+    install(session, ".", *TESTS)
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("killed", "hostile", "programs")]
+    pytest(session, "-n", "2", "--every", "--junitxml", "soak.xml", *files, *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: rules and format."""
     install(session, "ruff")

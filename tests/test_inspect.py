@@ -76,7 +76,7 @@ def test_json_says_what_the_live_one_says(
     assert main(["inspect", "--json", str(path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["path"], found["where"], found["format"]) == (str(path), WHERE[route], 1)
-    assert (found["base"], found["scheduler"], found["base_lr"]) == ("AdamW", "CosineAnnealingLR", 0.01)
+    assert (found["base"], found["scheduler"]) == ("AdamW", "CosineAnnealingLR")
     assert (found["step"], found["skipped"], found["frozen"]) == (21, 1, False)
     live = run.mechanic.metrics()
     assert {name: found[name] for name in live} == live

@@ -796,3 +796,14 @@ def test_a_scheduler_inside_and_one_on_the_wrapper_are_told(problem: Problem) ->
     problem.loss(parameters, 0).backward()
     with pytest.warns(UserWarning, match=r"built on the Mechanic, and StepLR is inside: both set the same lr"):
         mechanic.step()
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW", "NAdam"])
+def test_bfloat16_follows_updates_far_below_its_own_digits(base: str) -> None:
+    """|g| is 2000 times smaller than |x|, of which bfloat16 keeps 8 bits: x + u is x at any lr about 1."""
+    p, target = nn.Parameter(torch.ones(8, dtype=torch.bfloat16)), torch.linspace(0.5, 1.5, 8)
+    mechanic = Mechanic(getattr(torch.optim, base)([p], lr=1e-2, weight_decay=0.0))
+    for _ in range(100):
+        p.grad = (1e-3 * (p.detach().float() - target)).bfloat16()
+        mechanic.step()
+    assert (p.detach().float() - target).abs().max() < 0.03

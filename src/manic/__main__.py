@@ -58,7 +58,6 @@ def text(path: Path, found: Found) -> str:
     lines = [
         f"{path}{found.where and ': '}{found.where} ({', '.join(parts)}{', frozen' if record.frozen else ''})",
         f"  {'step':{width}}  {look.step}, of which {look.tuners[0].skipped:.0f} skipped",
-        f"  {'base lr':{width}}  {record.unit:.4g}",
     ]
     for name, lr, scale in zip(look.names, look.effective_lrs, look.scales, strict=True):
         if len(look.names) > 1:

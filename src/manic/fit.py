@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from manic.schedules import IN_A_GROUP
 from manic.storage import DELTA, REF, layout_of, local, shards
@@ -199,22 +202,48 @@ def _check_record(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
             f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
             f"{type(scheduler).__name__}"
         )
-    _check_schedule(saved.schedule, scheduler.state_dict(), type(scheduler).__name__)
+    here, name = scheduler.state_dict(), type(scheduler).__name__
+    _check_schedule(saved.schedule, here, name)
+    if any(isinstance(v, list) and len(v) != len(saved.schedule.get(k, v)) for k, v in here.items()):
+        # As where a group was added to the optimizer that the scheduler did not know of, which some of them bear.
+        try:
+            _step_schedule(scheduler, saved.schedule, groups)
+        except WRONG as error:
+            raise ValueError(f"the state of {name} in the checkpoint does not fit the param groups: {error}") from error
     return saved
 
 
 def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> None:
+    """That its settings are of the same kinds as here."""
     for key, value in here.items():
         if key not in saved:
             if key in ("last_epoch", "base_lrs"):
                 raise ValueError(f"the state of {name} has no {key!r} in the checkpoint")
-        elif isinstance(value, list) and value and isinstance(value[0], dict) and "last_epoch" in value[0]:
-            if not _alike(saved[key], value):
-                raise ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint")
-            for theirs, ours in zip(saved[key], value, strict=True):
-                _check_schedule(theirs, ours, f"{name}.{key}")
-        elif not _alike(saved[key], value):
-            raise ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint, {value!r} here")
+            continue
+        theirs, wrong = saved[key], ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint, {value!r} here")
+        if not isinstance(value, list):
+            if not _alike(theirs, value):
+                raise wrong
+        elif value and (not isinstance(theirs, list | tuple) or not theirs):
+            raise wrong
+        elif value and isinstance(value[0], dict) and "last_epoch" in value[0]:  # schedulers in a scheduler
+            if not _alike(theirs, value):
+                raise wrong
+            for part, ours in zip(theirs, value, strict=True):
+                _check_schedule(part, ours, f"{name}.{key}")
+        elif value and not all(_alike(one, value[0]) for one in theirs):
+            raise wrong
+
+
+def _step_schedule(scheduler: LRScheduler, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """A step of a copy, from another state, on copies of the groups' options."""
+    plain = [{k: copy.deepcopy(v) for k, v in group.items() if not k.startswith("mechanic_")} for group in groups]
+    stand_in = SimpleNamespace(param_groups=plain, step=scheduler.optimizer.step)
+    twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
+    twin.load_state_dict(copy.deepcopy(state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin.step()
 
 
 # ---------------------------------------------------------------------- state

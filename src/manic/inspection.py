@@ -65,7 +65,6 @@ class Found(NamedTuple):
             "base": self.record.base,
             "scheduler": self.record.scheduler,
             "frozen": self.record.frozen,
-            "base_lr": self.record.unit,
             "options": {name: getattr(options, name) for name in options.__dataclass_fields__},
             "step": look.step,
             **metrics(look),

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from manic import checkpoint, report
 from manic.kernels import Kernels, compiled_tune, kernels_for, native
 from manic.reduction import over_group, over_mesh
-from manic.report import Look
+from manic.report import UNPROPORTIONAL, Look
 from manic.schedules import fold, parts
 from manic.storage import DELTA, REF, Layout, Slot, entry, layout_of, shards, signature, slots, wide
 from manic.sweeps import GRAD_SQ, NUMEL, Carried, Group, discard, grouped, hold, measure, move, still
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("manic")
+
+BOOST = 2.0**16  # of the lr of bfloat16 parameters in the base's step
 
 Active = dict[Layout, list[Group]]
 
@@ -726,9 +728,16 @@ class Mechanic(Optimizer):
                 self._put(p, *entry(p, store_delta=self._options.store_delta))
 
     def _take_unit(self) -> None:
-        """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0."""
+        """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0.
+
+        For bfloat16 parameters, which hold 8 bits of x + u, a fraction of it: u counts for all of them where it is
+        large beside x, and is read off with the bits of u rather than those of x.
+        """
         lrs = [float(group.get("initial_lr", group["lr"])) for group in self.param_groups if "lr" in group]
         self._unit = 1.0 if self._options.variant == "paper" else max(lrs, default=1.0)
+        coarse = any(p.dtype == torch.bfloat16 for group in self.param_groups for p in group["params"])
+        if coarse and self._options.variant != "paper" and not isinstance(self.base_optimizer, UNPROPORTIONAL):
+            self._unit /= BOOST
 
     def _clothe(self, groups: list[dict[str, Any]]) -> None:
         """The wrapper's tensors for groups that have none: those of the first group, or (per_group) fresh ones."""

@@ -43,7 +43,8 @@ def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], sc
     for part in found:
         for name in vars(part).keys() & set(PER_GROUP):
             values = getattr(part, name)
-            setattr(part, name, [lr * scale for lr, scale in zip(values, scales, strict=True)])
+            # A scheduler may not know of the groups that were added after it was built.
+            setattr(part, name, [lr * scale for lr, scale in zip(values, scales, strict=False)])
     for part, name in shared:
         setattr(part, name, getattr(part, name) * scales[0])
 
