@@ -235,3 +235,27 @@ def test_too_early(problem: Problem) -> None:
 def test_a_name_that_is_not_there(problem: Problem) -> None:
     with pytest.raises(AttributeError, match="'Mechanic' object has no attribute 'scales'"):
         Run(problem).mechanic.scales  # noqa: B018
+
+
+def test_a_group_that_the_scheduler_does_not_know_of() -> None:
+    """It was added after the scheduler was built: the checkpoint loads where both are there at once, and unwraps."""
+
+    def build(groups: int) -> tuple[list[nn.Parameter], Mechanic]:
+        parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters[:groups]], lr=1e-2)
+        return parameters, Mechanic(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+
+    def train(parameters: list[nn.Parameter], mechanic: Mechanic) -> None:
+        for _ in range(8):
+            for p in parameters:
+                p.grad = p.detach() - 0.5
+            mechanic.step()
+
+    parameters, mechanic = build(1)
+    mechanic.add_param_group({"params": parameters[1:], "lr": 2e-2, "initial_lr": 2e-2})
+    train(parameters, mechanic)
+    _, other = build(2)
+    other.load_state_dict(mechanic.state_dict())
+    assert other.effective_lr() == mechanic.effective_lr()
+    wanted = mechanic.effective_lr()
+    assert [group["lr"] for group in other.unwrap().param_groups] == pytest.approx(wanted)
