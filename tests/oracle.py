@@ -80,6 +80,9 @@ def scale_free(
     total, size, largest, fade = 0.0, 0.0, 0.0, 1.0  # S; the mean ‖g‖; the largest update; the last fade
     for t in range(steps):
         g = gradient(x, t)
+        leap = max(1.0, schedule(t) / peak / 10) if peak else 1.0
+        delta, total, kept, largest = [leap * d for d in delta], total / leap, leap * kept, leap * largest
+        m, v = [leap * mi for mi in m], [leap**2 * vi for vi in v]
         largest = max(largest, abs(norm(delta) / fade - kept))
         whole = (1 + origin) / largest if largest else 0.0
         first = 1e-3 * whole if s_init is None else s_init

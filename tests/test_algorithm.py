@@ -51,7 +51,7 @@ def run_both(
     problem: Problem,
     base: str,
     dtype: torch.dtype,
-    scheduled: bool,
+    scheduled: bool | Callable[[int], float],
     unit: float = 1.0,
     wild: float = 1.0,
     **options: Any,
@@ -62,7 +62,7 @@ def run_both(
     `wild`: what one of the gradients is multiplied with.
     """
     build, update = BASES[base]
-    factor = cosine(STEPS) if scheduled else lambda t: 1.0
+    factor = scheduled if callable(scheduled) else cosine(STEPS) if scheduled else lambda t: 1.0
     parameters = problem.parameters(dtype)
     optimizer = build(parameters)
     mechanic = Mechanic(optimizer, LambdaLR(optimizer, factor) if scheduled else None, **options)
@@ -111,6 +111,16 @@ def test_every_option_is_the_papers(problem: Problem, options: dict[str, Any]) -
 def test_scale_free_is_its_own_equations(problem: Problem, base: str, unit: float, scheduled: bool) -> None:
     parameters_gap, scale_gap = run_both(problem, base, torch.float64, scheduled, unit, variant="scale_free")
     assert parameters_gap < 1e-10
+    assert scale_gap < 1e-9
+
+
+@pytest.mark.parametrize(("base", "unit"), [("sgd", 0.5), ("momentum", 0.1), ("adamw", 0.1)])
+def test_an_lr_that_leaps_is_its_own_equations(problem: Problem, base: str, unit: float) -> None:
+    def leaping(t: int) -> float:
+        return 1e-6 if t < 3 else 1e-2 if t < 40 else 1.0
+
+    parameters_gap, scale_gap = run_both(problem, base, torch.float64, leaping, unit, variant="scale_free")
+    assert parameters_gap < 1e-9
     assert scale_gap < 1e-9
 
 

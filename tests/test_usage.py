@@ -807,3 +807,21 @@ def test_bfloat16_follows_updates_far_below_its_own_digits(base: str) -> None:
         p.grad = (1e-3 * (p.detach().float() - target)).bfloat16()
         mechanic.step()
     assert (p.detach().float() - target).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize("options", [{}, {"store_delta": False}], ids=str)
+@pytest.mark.parametrize("start", [1e-8, 1e-5, 1e-2])
+def test_a_warmup_that_begins_next_to_nothing(base: str, options: dict[str, Any], start: float) -> None:
+    """LinearLR refuses to begin at 0, so people write 1e-8: the scale that suits it must not meet the lr after it."""
+    p = nn.Parameter(torch.ones(8))
+    optimizer = getattr(torch.optim, base)([p], lr=1e-3)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start, 1.0, total_iters=20)
+    mechanic = Mechanic(optimizer, warmup, **options)
+    target, largest = torch.linspace(-1, 1, 8), 0.0
+    for _ in range(100):
+        p.grad = p.detach() - target
+        largest = max(largest, float(p.grad.abs().max()))
+        mechanic.step()
+    assert largest < 4
+    assert (p.detach() - target).abs().max() < 0.1

@@ -25,6 +25,7 @@ SURPRISE = 2.0  # |h| and ‖g‖ are remembered up to so many times the largest
 FALL = 3.0  # log S falls by no more in one step
 SLACK = 0.9  # a fall of S by no more than this factor in a step does not draw x back
 WILD = 2.0  # an |h| so many times what all of before add up to is a wreck's, or a bad batch's: no update follows it
+LEAP = 10.0  # an lr that rises by more in one step is a change of unit for all that was before it
 PEAK = 0.99  # below this part of its highest so far the lr is taken to be on its way down
 
 
@@ -128,6 +129,7 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
         lr: 0-d, the lr of this step over the base lr.
     """
+    was, old, sums, leap = old, *_in_new_units(old, sums, lr)
     delta_norm = torch.where(sums.delta_sq > 0, sums.delta_sq.sqrt(), old.delta_norm)
     # ‖u‖ is at least this. Two norms are compared over the same elements, or (once) to know the size of an update at
     # all. Where Δ is recomputed the first Δ is lost, S being 0 until that size is known: there ‖u‖ itself tells.
@@ -146,9 +148,32 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     if not options.store_delta:
         # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
         new = new._replace(scale=torch.maximum(new.scale, DIGITS * whole))
-    new = new._replace(delta_norm=delta_norm, numel=sums.numel, update_norm=update_norm, steps=old.steps + 1)
-    kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
+    new = new._replace(delta_norm=delta_norm / leap, keep=new.keep * leap)  # Δ is still to be brought to the new unit
+    new = new._replace(numel=sums.numel, update_norm=update_norm, steps=old.steps + 1)
+    kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, was, strict=True)))
     return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok, update_sq=old.update_sq)
+
+
+def _in_new_units(old: Tuner, sums: Sums, lr: Tensor) -> tuple[Tuner, Sums, Tensor]:
+    """State and sums as if Δ had been larger and S smaller by the factor that is returned: 1, unless the lr leaps.
+
+    A warm-up may begin at 1e-8 of the lr. An S that suits such updates is 1e8 times too large for those that follow.
+    """
+    leap = (_over(lr, old.peak) / LEAP).clamp_min(1)
+    old = old._replace(
+        m=old.m * leap,
+        v=old.v * leap.square(),
+        scale=old.scale / leap,
+        delta_norm=old.delta_norm * leap,
+        update_norm=old.update_norm * leap,
+    )
+    sums = sums._replace(
+        delta_grad=sums.delta_grad * leap,
+        delta_x=sums.delta_x * leap,
+        delta_sq=sums.delta_sq * leap.square(),
+        update_sq=sums.update_sq * leap.square(),
+    )
+    return old, sums, leap
 
 
 def _h(sums: Sums, s_decay: float, weight: Tensor) -> Tensor:
