@@ -121,6 +121,7 @@ def test_a_plot_over_the_checkpoints_of_a_run(problem: Problem, tmp_path: Path) 
     assert main(["inspect", *map(str, paths), "--plot", str(tmp_path / "plot.png")]) == 0
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     assert main(["inspect", str(paths[0]), "--plot", str(tmp_path / "nowhere" / "plot.png")]) == 1
+    assert main(["inspect", str(paths[0]), "--plot", str(tmp_path / "plot.xyz")]) == 1
 
 
 # ---------------------------------------------------------------------- what is none, or broken

@@ -39,13 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 1
     if args.json:
         print(json.dumps([{"path": str(path), **one.as_dict()} for path, one in found], indent=2))
-    else:
+    elif found:
         print("\n\n".join(text(path, one) for path, one in found))
     if args.plot and found:
         try:
             plot([one for _, one in found], args.plot)
-        except (ImportError, OSError) as error:
+        except ImportError as error:
             print(f"manic: no plot: {error} (it takes matplotlib: pip install manic[plot])", file=sys.stderr)
+            code = 1
+        except (OSError, ValueError) as error:  # a folder that is not there, a format that matplotlib does not know
+            print(f"manic: no plot: {error}", file=sys.stderr)
             code = 1
     return code
 

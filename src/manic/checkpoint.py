@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from manic.fit import FORMAT, SHAPED, TUNER, Record, by_id, by_number, check
+from manic.fit import FORMAT, SHAPED, TUNER, WRONG, Record, by_id, by_number, check
 from manic.reduction import anywhere
 from manic.schedules import parts
 from manic.storage import DELTA, REF, wide
@@ -98,9 +98,13 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
         if scheduler is not None:
             scheduler.load_state_dict(schedule)  # the functions that it calls may have attributes as well
 
-    layouts, fault = mechanic._layouts(), None
+    layouts = mechanic._layouts()
+    fault: Exception | None = None
     try:
         _load(mechanic, state_dict)
+    except WRONG as error:
+        known = isinstance(error, (ValueError, torch.OutOfMemoryError))
+        fault = error if known else ValueError(f"the checkpoint cannot be loaded: {error!r}")
     except Exception as error:
         fault = error
     except BaseException:

@@ -60,7 +60,9 @@ def check(mechanic: Mechanic, state_dict: dict[str, Any]) -> Record | None:
         plain = not any("mechanic_state" in group for group in groups)
         saved = None if plain else _check_record(mechanic, groups)
         _check_state(mechanic, state_dict, saved)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+    except ValueError:
+        raise
+    except WRONG as error:
         raise ValueError(
             "this is no optimizer state: it must be a dict with 'state' and 'param_groups', as state_dict() returns it "
             f"(of a checkpoint with several entries, pass the optimizer's): {error!r}"
@@ -102,6 +104,9 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
             # torch fills in the flags that an older version did not have; a number is another optimizer's.
             if name not in saved[i] and default is not None and not isinstance(default, bool):
                 raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
+        lost = live[i].keys() & set(IN_A_GROUP) - saved[i].keys()
+        if lost and "mechanic_scheduler" in live[i].keys() & saved[i].keys():
+            raise ValueError(f"param group {i} of the checkpoint has no {min(lost)!r}, which its scheduler needs")
         own = {name for name in live[i] if name.startswith("mechanic_")}
         for name in saved[i].keys() & live[i].keys() - own - {"params", "param_names"}:
             value, here = saved[i][name], live[i][name]
@@ -123,7 +128,10 @@ def _alike(value: Any, here: Any) -> bool:
     if isinstance(here, list | tuple):
         return isinstance(value, list | tuple) and len(value) == len(here) and all(map(_alike, value, here))
     if isinstance(here, Mapping):
-        return isinstance(value, Mapping)
+        named = [key for key in here if isinstance(key, str)]
+        if not isinstance(value, Mapping) or not all(key in value for key in named):
+            return False
+        return all(_alike(value[k], here[k]) and (value[k] == here[k] or not isinstance(here[k], str)) for k in named)
     return isinstance(value, type(here))
 
 
@@ -152,7 +160,7 @@ def read_record(groups: Sequence[Mapping[str, Any]]) -> Record:
                 raise ValueError(f"param group {i} of the checkpoint has no {key!r}")
     saved = _in_a_tuple(groups[0]["mechanic_options"], "options are").copy()
     found = saved.pop("format", None)
-    if found != FORMAT:
+    if not isinstance(found, int) or found != FORMAT:
         raise ValueError(f"the checkpoint has format {found!r}, this version of manic reads {FORMAT}: upgrade manic")
     try:
         base, scheduler = saved.pop("base"), saved.pop("scheduler")
@@ -222,7 +230,8 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
             continue
         theirs, wrong = saved[key], ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint, {value!r} here")
         if not isinstance(value, list):
-            if not _alike(theirs, value):
+            endless = _is_number(theirs) and math.isinf(theirs) and not (_is_number(value) and math.isinf(value))
+            if endless or not _alike(theirs, value):
                 raise wrong
         elif value and (not isinstance(theirs, list | tuple) or not theirs):
             raise wrong
@@ -340,7 +349,7 @@ def _example(base: Optimizer, i: int, options: Mapping[str, Any], p: Tensor) -> 
 
 
 def _first_state(base: Optimizer, options: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
-    """What the step of a stand-in leaves, with two elements in every dimension of p."""
+    """What two steps of a stand-in leave, with two elements in every dimension of p."""
     small = torch.nn.Parameter(torch.zeros((2,) * p.dim(), dtype=p.dtype, device=p.device))
     small.grad = torch.zeros_like(small)
     mine = {k: copy.deepcopy(v) for k, v in options.items() if k != "params" and not k.startswith("mechanic_")}
@@ -351,7 +360,8 @@ def _first_state(base: Optimizer, options: Mapping[str, Any], p: Tensor) -> dict
     )
     vars(stand_in).pop("step", None)  # an LR scheduler's patch
     step = type(base).step
-    getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
+    for _ in range(2):  # the first does not use all of the options
+        getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
     return dict(stand_in.state[small])
 
 

@@ -58,6 +58,9 @@ class Options:
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if _number("eps", self.eps) <= 0:
             raise ValueError(f"eps must be > 0, got {self.eps!r}")
+        for name in ("s_decay", "s_init", "eps"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def _number(name: str, value: object) -> float:
