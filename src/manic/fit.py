@@ -110,7 +110,7 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
         own = {name for name in live[i] if name.startswith("mechanic_")}
         for name in saved[i].keys() & live[i].keys() - own - {"params", "param_names"}:
             value, here = saved[i][name], live[i][name]
-            unset = value is None and mechanic.defaults.get(name) is None
+            unset = value is None and mechanic.defaults.get(name) is None and name not in IN_A_GROUP
             endless = name in IN_A_GROUP and _is_number(value) and not math.isfinite(value)
             if not unset and (endless or not _alike(value, here)):
                 raise ValueError(f"{name} of param group {i} is {value!r} in the checkpoint, {here!r} here")
@@ -240,8 +240,10 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
                 raise wrong
             for part, ours in zip(theirs, value, strict=True):
                 _check_schedule(part, ours, f"{name}.{key}")
-        elif value and not all(_alike(one, value[0]) for one in theirs):
-            raise wrong
+        else:
+            like = value if len(value) == len(theirs) else value[:1] * len(theirs)
+            if not all(map(_alike, theirs, like)):
+                raise wrong
 
 
 def _step_schedule(scheduler: LRScheduler, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
