@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resuming import same
 from torch import nn
 
 from manic import Mechanic
@@ -81,16 +82,6 @@ def born(checkpoint: str, seed: int, *, saving: bool) -> int:
         code = 0
     finally:
         os._exit(code)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def main(kills: int, folder: Path) -> None:

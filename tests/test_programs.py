@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from resuming import same
 from torch import Tensor, nn
 
 from manic import Mechanic
@@ -242,23 +243,13 @@ class Program(RuleBasedStateMachine):
         state = self.optimizer.state_dict()
         before = copy.deepcopy(state)
         self.optimizer.load_state_dict(copy.deepcopy(state))
-        assert _equal(self.optimizer.state_dict(), before)
+        assert same(self.optimizer.state_dict(), before)
 
 
 class ScaleFree(Program):
     """The default variant."""
 
     variant = "scale_free"
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,7 +13,7 @@ import pytest
 import resuming
 import torch
 from conftest import Problem, flat
-from resuming import SAVED_AT, STEPS, Run, cases, optimizers
+from resuming import SAVED_AT, STEPS, Run, cases, optimizers, same
 
 from manic import Mechanic
 
@@ -222,16 +222,6 @@ def snapshot(parameters: Any, mechanic: Mechanic) -> Any:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in mechanic.param_groups]
     schedule = mechanic.scheduler and mechanic.scheduler.state_dict()
     return copy.deepcopy([groups, list(mechanic.state.values()), list(parameters), schedule, mechanic._options])
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def breakages() -> dict[str, Any]:

@@ -733,11 +733,13 @@ class Mechanic(Optimizer):
         For bfloat16 parameters, which hold 8 bits of x + u, a fraction of it: u counts for all of them where it is
         large beside x, and is read off with the bits of u rather than those of x.
         """
+        if self._options.variant == "paper":
+            self._unit = 1.0
+            return
         lrs = [float(group.get("initial_lr", group["lr"])) for group in self.param_groups if "lr" in group]
-        self._unit = 1.0 if self._options.variant == "paper" else max(lrs, default=1.0)
         coarse = any(p.dtype == torch.bfloat16 for group in self.param_groups for p in group["params"])
-        if coarse and self._options.variant != "paper" and not isinstance(self.base_optimizer, UNPROPORTIONAL):
-            self._unit /= BOOST
+        boosted = coarse and not isinstance(self.base_optimizer, UNPROPORTIONAL)
+        self._unit = max(lrs, default=1.0) / (BOOST if boosted else 1.0)
 
     def _clothe(self, groups: list[dict[str, Any]]) -> None:
         """The wrapper's tensors for groups that have none: those of the first group, or (per_group) fresh ones."""
