@@ -105,3 +105,23 @@ def trained(problem: Problem) -> Callable[..., tuple[list[nn.Parameter], Mechani
         return parameters, mechanic
 
     return build
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As a framework wraps an optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.defaults = optimizer, optimizer.defaults
+        self._optimizer_step_pre_hooks: Any = {}
+        self._optimizer_step_post_hooks: Any = {}
+
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        self.optimizer.param_groups = groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)

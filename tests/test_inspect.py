@@ -131,6 +131,9 @@ def broken(case: str, run: Run, path: Path) -> Path:
     """A path that no Mechanic can be read from."""
     if case == "empty folder":
         path.mkdir()
+    elif case == "folder of files":  # Transformers and Accelerate
+        path.mkdir()
+        save(run, "file", path / "optimizer.pt")
     elif case in ("text", "empty"):
         path.write_text("the lr is 1e-3\n" * (case == "text"))
     elif case == "plain":
@@ -173,7 +176,8 @@ class Evil:
     ("case", "message"),
     [
         ("missing", "No such file"),
-        ("empty folder", "a folder without .metadata"),
+        ("empty folder", "a folder without .metadata\n"),
+        ("folder of files", "a folder without .metadata (is it one of ['optimizer.pt'] in it?)\n"),
         ("text", "no checkpoint"),
         ("empty", "no checkpoint"),
         ("plain", "no Mechanic in this checkpoint"),
@@ -217,3 +221,13 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert stop.value.code == code
     assert __version__ in capsys.readouterr().out
+
+
+def test_a_reader_that_has_seen_enough(problem: Problem, tmp_path: Path) -> None:
+    path = save(Run(problem), "alone", tmp_path / "checkpoint.pt")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "manic", "inspect", str(path)]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (0, "")

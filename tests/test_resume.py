@@ -348,7 +348,7 @@ def test_plain_checkpoints_that_do_not_fit_are_refused(problem: Problem) -> None
 def test_warnings_point_at_the_callers_line(trained: Any, problem: Problem) -> None:
     _, mechanic = trained(steps=0)
     plain = torch.optim.AdamW(problem.parameters())
-    with pytest.warns(UserWarning, match="plain") as record:
+    with pytest.warns(UserWarning, match="nothing of a Mechanic") as record:
         mechanic.load_state_dict(plain.state_dict())
     assert record[0].filename == __file__
 
@@ -391,6 +391,31 @@ def test_a_scheduler_on_one_side_alone_is_named(saved: bool, problem: Problem) -
         mechanic.load_state_dict(build(saved).state_dict())
 
 
+def test_other_settings_of_the_scheduler_are_named(problem: Problem) -> None:
+    """Whoever makes a run longer must know that its T_max stays: the lr would rise again after it."""
+
+    def build(steps: int, warmup: int) -> Mechanic:
+        optimizer = torch.optim.AdamW(problem.parameters(), lr=0.1)
+        parts = [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+        ]
+        return Mechanic(optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[warmup]))
+
+    saved = build(100, 10).state_dict()
+    with pytest.warns(UserWarning, match="under other options") as record:
+        build(200, 20).load_state_dict(copy.deepcopy(saved))
+    notes = str(record[0].message).partition(": ")[2].split("; ")
+    assert sorted(notes) == [
+        "T_max = 100 replaces 200 in CosineAnnealingLR",
+        "milestones = [10] replaces [20] in SequentialLR",
+        "total_iters = 10 replaces 20 in LinearLR",
+    ]
+    mechanic = build(100, 10)
+    mechanic.step()
+    mechanic.load_state_dict(saved)  # filterwarnings = error: where it stands is no setting
+
+
 def test_a_plain_checkpoint_loads_and_the_tuner_starts_afresh(problem: Problem) -> None:
     parameters = problem.parameters()
     plain = torch.optim.AdamW(parameters, lr=0.1)
@@ -399,7 +424,9 @@ def test_a_plain_checkpoint_loads_and_the_tuner_starts_afresh(problem: Problem) 
     others = problem.parameters()
     mechanic = Mechanic(torch.optim.AdamW(others, lr=3.0))
     problem.train(others, mechanic, 10)
-    with pytest.warns(UserWarning, match="plain optimizer: the state of AdamW is loaded, and the tuner starts afresh"):
+    with pytest.warns(
+        UserWarning, match="has nothing of a Mechanic in it: the state of AdamW is loaded, and the tuner"
+    ):
         mechanic.load_state_dict(copy.deepcopy(plain.state_dict()))
     assert mechanic.scale == 0
     assert mechanic.param_groups[0]["lr"] == 0.1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat, gap
+from conftest import Problem, Wrapped, flat, gap
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
@@ -203,6 +203,20 @@ def test_a_warm_start_from_a_scale_that_was_found(problem: Problem) -> None:
     found = Run(problem, "none").train(0, STEPS).mechanic.scale.item()
     run = Run(problem, "none", s_init=found).train(0, 1)
     assert run.mechanic.scale.item() == pytest.approx(found)
+
+
+def test_a_scheduler_on_what_a_framework_has_wrapped(problem: Problem) -> None:
+    runs = []
+    for wrapped in (False, True):
+        run = Run(problem, "none")
+        on = Wrapped(run.mechanic) if wrapped else run.mechanic
+        run.schedule = schedules.CosineAnnealingLR(on, 2 * STEPS, LR / 5)
+        for t in range(STEPS):
+            problem.train(run.parameters, on, range(t, t + 1))
+            run.schedule.step()
+        assert run.mechanic.unwrap(run.schedule) is run.optimizer
+        runs.append(flat(run.train(STEPS, 2 * STEPS, plain=True, schedule=True).parameters))
+    assert torch.equal(*runs)
 
 
 # ---------------------------------------------------------------------- errors: nothing is changed

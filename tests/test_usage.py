@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat, gap
+from conftest import Problem, Wrapped, flat, gap
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
@@ -788,14 +788,38 @@ def test_a_scheduler_inside_that_somebody_else_steps_too_is_told_once(problem: P
     mechanic.step()
 
 
-def test_a_scheduler_inside_and_one_on_the_wrapper_are_told(problem: Problem) -> None:
+@pytest.mark.parametrize("around", [lambda mechanic: mechanic, Wrapped])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_scheduler_inside_and_one_outside_are_told_once(around: Any, tensor: bool, problem: Problem) -> None:
     parameters = problem.parameters()
-    base = torch.optim.SGD(parameters, lr=0.1)
-    mechanic = Mechanic(base, torch.optim.lr_scheduler.StepLR(base, step_size=5))
-    torch.optim.lr_scheduler.ExponentialLR(mechanic, gamma=0.9)
-    problem.loss(parameters, 0).backward()
-    with pytest.warns(UserWarning, match=r"built on the Mechanic, and StepLR is inside: both set the same lr"):
-        mechanic.step()
+    base = torch.optim.SGD(parameters, lr=torch.tensor(0.1) if tensor else 0.1)
+    mechanic = Mechanic(base, torch.optim.lr_scheduler.StepLR(base, step_size=2))
+    optimizer = around(mechanic)
+    outside = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    problem.train(parameters, optimizer, 5)  # filterwarnings = error: of the inner one nothing is said
+    outside.step()
+    with pytest.warns(UserWarning, match=r"the lr was set by somebody else, though StepLR is inside"):
+        optimizer.step()
+    outside.step()
+    optimizer.step()
+
+
+def test_loading_a_group_and_compiling_are_not_somebody_else(problem: Problem) -> None:
+    parameters = problem.parameters()
+    base = torch.optim.SGD(parameters, lr=torch.tensor(0.1))
+    mechanic = Mechanic(base, torch.optim.lr_scheduler.StepLR(base, step_size=2))
+    problem.train(parameters, mechanic, 3)
+    saved = copy.deepcopy(mechanic.state_dict())
+    problem.train(parameters, mechanic, 2)
+    mechanic.load_state_dict(saved)
+    mechanic.step()
+    mechanic.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.3, "initial_lr": 0.3})
+    mechanic.scheduler.base_lrs.append(0.3)
+    mechanic.step()
+    twin = copy.deepcopy(mechanic)
+    twin.step()
+    mechanic.freeze()
+    mechanic.step()
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW", "NAdam"])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from manic.mechanic import Mechanic
+from manic.mechanic import mechanic_in
 
 
 def tensorboard(writer: Any, tag: str = "mechanic") -> Callable[[dict[str, Any]], None]:
@@ -45,11 +45,11 @@ def lightning() -> Any:
             if step == self.logged or step % trainer.log_every_n_steps:
                 return
             self.logged = step
-            for i, mechanic in enumerate(mechanics(trainer.optimizers)):
+            mechanics = filter(None, map(mechanic_in, trainer.optimizers))
+            for i, mechanic in enumerate(mechanics):
                 found = mechanic.metrics()
                 tag = "mechanic" if i == 0 else f"mechanic{i}"
-                for logger in trainer.loggers:
-                    logger.log_metrics({f"{tag}/{name}": value for name, value in found.items()}, step=step)
+                pl_module.log_dict({f"{tag}/{name}": value for name, value in found.items()}, logger=True)
                 if i == 0:
                     lr = next(value for name, value in found.items() if name.startswith("effective_lr"))
                     pl_module.log("effective_lr", lr, prog_bar=True, logger=False)
@@ -71,22 +71,13 @@ def transformers() -> Any:
 
     class MechanicCallback(base):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kept: Any) -> None:
-            for mechanic in mechanics([kept.get("optimizer")]):
-                if "learning_rate" not in logs:  # those of an evaluation, or of the end
-                    return
-                new = {f"mechanic/{name}": value for name, value in mechanic.metrics().items()}
-                # Not metrics' own effective_lr: the schedule has been stepped since.
-                new["learning_rate"] = logs["learning_rate"] * mechanic.scale.reshape(-1)[0].item()
-                for target in (logs, *state.log_history[-1:]):
-                    target.update(new)
+            mechanic = mechanic_in(kept.get("optimizer"))
+            if mechanic is None or "learning_rate" not in logs:  # the logs of an evaluation, or of the end
+                return
+            new = {f"mechanic/{name}": value for name, value in mechanic.metrics().items()}
+            # Not metrics' own effective_lr: the schedule has been stepped since.
+            new["learning_rate"] = logs["learning_rate"] * mechanic.scale.reshape(-1)[0].item()
+            for target in (logs, *state.log_history[-1:]):
+                target.update(new)
 
     return MechanicCallback()
-
-
-def mechanics(optimizers: Iterable[Any]) -> Iterator[Mechanic]:
-    """The Mechanics among the optimizers of a framework, which may have wrapped them."""
-    for optimizer in optimizers:
-        while optimizer is not None and not isinstance(optimizer, Mechanic):
-            optimizer = vars(optimizer).get("_optimizer", vars(optimizer).get("optimizer"))
-        if optimizer is not None:
-            yield optimizer

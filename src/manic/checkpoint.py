@@ -19,7 +19,7 @@ from torch import Tensor
 
 from manic.fit import FORMAT, SHAPED, TUNER, WRONG, Record, by_id, by_number, check
 from manic.reduction import anywhere
-from manic.schedules import parts
+from manic.schedules import differences, parts
 from manic.storage import DELTA, REF, wide
 from manic.tuner import Options, Tuner
 
@@ -122,7 +122,7 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     state_dict = {**state_dict, "state": by_number(state_dict)}
     if saved is None:
         warn(
-            f"the checkpoint is that of a plain optimizer: the state of {type(mechanic.base_optimizer).__name__} "
+            f"the checkpoint has nothing of a Mechanic in it: the state of {type(mechanic.base_optimizer).__name__} "
             "is loaded, and the tuner starts afresh"
         )
         _load_base(mechanic, state_dict)
@@ -136,7 +136,6 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     _load_tuner(mechanic, state_dict, live)
     if mechanic.scheduler is not None and saved.schedule is not None:
         mechanic.scheduler.load_state_dict(copy.deepcopy(saved.schedule))
-        mechanic._epoch = None
     mechanic._settle()
 
 
@@ -151,6 +150,8 @@ def _name_differences(mechanic: Mechanic, saved: Record) -> None:
         notes.append(f"its scheduler {theirs} is left out, since this Mechanic has none")
     if theirs is None and ours is not None:
         notes.append(f"it has no scheduler, so {type(ours).__name__} stays as it is")
+    if ours is not None and saved.schedule is not None:
+        notes.extend(differences(ours, saved.schedule))
     if notes:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
 

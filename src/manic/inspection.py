@@ -25,6 +25,8 @@ from manic.storage import DELTA, REF
 GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_(?:state|step|options|scheduler)|lr|name)")
 STATE = re.compile(r"(.*\.)?state\.(.+)\.([^.]+)")
 
+SAVED = (".pt", ".bin", ".ckpt", ".pth")  # what people, and frameworks, call the files of torch.save
+
 METADATA = {
     "torch.distributed.checkpoint.metadata": {
         *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
@@ -95,7 +97,9 @@ def inspect(path: Path) -> list[Found]:
         found = [_at(place, entries) for place in dict.fromkeys(match[1] or "" for match in matches)]
     except (FileNotFoundError, PermissionError) as error:
         missing = f"a folder without {Path(error.filename).name}" if path.is_dir() else error.strerror
-        raise ValueError(f"it cannot be read: {missing}") from error
+        files = sorted(file.name for file in path.glob("*") if file.suffix in SAVED)
+        hint = f" (is it one of {files} in it?)" if files else ""
+        raise ValueError(f"it cannot be read: {missing}{hint}") from error
     except pickle.UnpicklingError as error:
         raise ValueError("it is no checkpoint, or holds objects that are not safe to load (weights_only)") from error
     except ValueError:

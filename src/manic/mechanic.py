@@ -144,7 +144,7 @@ class Mechanic(Optimizer):
         self._carried: Carried = {}
         self._told: set[str] = set()  # the warnings that were given
         self._looks: tuple[Look, Look] | None = None  # of metrics(): the first with the lrs of the last, and the last
-        self._epoch: int | None = None  # where our own last step left the scheduler
+        self._left: tuple[Any, list[Any]] | None = None  # where our own last step left scheduler and lrs
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not any(base_optimizer.state.values())
         self._watch_base()
@@ -398,19 +398,26 @@ class Mechanic(Optimizer):
     def _step_schedule(self) -> None:
         if self.scheduler is None:
             return
-        name, epoch = type(self.scheduler).__name__, getattr(self.scheduler, "last_epoch", None)
-        if self._epoch not in (None, epoch):
+        name, (epoch, lrs) = type(self.scheduler).__name__, self._schedule()
+        if self._left is not None and epoch != self._left[0]:
             self._tell(
                 f"{name} was stepped by somebody else as well: mechanic.step() steps it, so do not (a framework that "
                 "steps schedulers itself wants one that is built on the Mechanic, and none inside)"
             )
-        if self._stepped_outside():
+        elif self._left is not None and lrs != self._left[1]:
             self._tell(
-                f"an LR scheduler is built on the Mechanic, and {name} is inside: both set the same lr. Leave one out "
-                "(Trainer of Transformers builds one of its own)"
+                f"the lr was set by somebody else, though {name} is inside and sets it in every step. If that is "
+                "another LR scheduler, leave one out (Trainer of Transformers builds one of its own)"
             )
         self.scheduler.step()
-        self._epoch = getattr(self.scheduler, "last_epoch", None)
+        self._left = self._schedule()
+
+    def _schedule(self) -> tuple[Any, list[Any]]:
+        """Where the scheduler inside stands, and the lr of every group; for a tensor, which may be on a device, what
+        tells whether it was written to."""
+        lrs = [group.get("lr") for group in self.param_groups]
+        marks = [(id(lr), lr._version) if isinstance(lr, Tensor) else lr for lr in lrs]
+        return getattr(self.scheduler, "last_epoch", None), marks
 
     def _tell(self, message: str, kind: str = "") -> None:
         """A warning, once: of its kind, or with these words."""
@@ -497,7 +504,7 @@ class Mechanic(Optimizer):
         for scheduler in schedulers:
             if not isinstance(scheduler, LRScheduler):
                 raise TypeError(f"unwrap takes torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}")
-            if scheduler.optimizer not in (self, self.base_optimizer):
+            if scheduler.optimizer is not self.base_optimizer and mechanic_in(scheduler.optimizer) is not self:
                 raise ValueError(f"the {type(scheduler).__name__} was built on another optimizer: leave it out")
         if self._stepped_outside() and not schedulers:
             raise ValueError(
@@ -696,7 +703,7 @@ class Mechanic(Optimizer):
         # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
         # `step`: it can be neither pickled nor copied.
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
-        return {**kept, "_carried": {}, "_plan": None, "_watch": None}  # which go by the identity of parameters
+        return {**kept, "_carried": {}, "_plan": None, "_left": None, "_watch": None}  # which go by identity
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -776,6 +783,7 @@ class Mechanic(Optimizer):
         self._carried = {}  # what our own last step left of x: nothing, for these groups
         self._plan = None
         self._looks = None
+        self._left = None
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
         if self._frozen:
             self._divisors = [1 / scale if scale > 0 else math.inf for scale in self._look().scales]
@@ -838,6 +846,13 @@ def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
 def is_mechanized(optimizer: object) -> bool:
     """Whether `optimizer` is a ``Mechanic``."""
     return isinstance(optimizer, Mechanic)
+
+
+def mechanic_in(optimizer: Any) -> Mechanic | None:
+    """The Mechanic that an optimizer is, or that a framework has wrapped once more; None: there is none."""
+    while optimizer is not None and not isinstance(optimizer, Mechanic):
+        optimizer = vars(optimizer).get("_optimizer", vars(optimizer).get("optimizer"))
+    return optimizer
 
 
 def _evaluate(closure: Callable[[], Any] | None) -> tuple[Any, Callable[[], Any] | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 IN_A_GROUP = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # the last three are OneCycleLR's and SWALR's
@@ -47,6 +49,18 @@ def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], sc
             setattr(part, name, [lr * scale for lr, scale in zip(values, scales, strict=False)])
     for part, name in shared:
         setattr(part, name, getattr(part, name) * scales[0])
+
+
+def differences(scheduler: LRScheduler, state: dict[str, Any]) -> Iterator[str]:
+    """What a scheduler was built with, and will lose to a state that it loads: "T_max = 100 replaces 200"."""
+    here = scheduler.state_dict()
+    for name in inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch", "schedulers"}:
+        key = f"_{name}" if f"_{name}" in here else name  # SequentialLR's _milestones
+        theirs, ours = state.get(key), here.get(key)
+        if theirs is not None and ours is not None and not isinstance(ours, Tensor) and theirs != ours:
+            yield f"{name} = {theirs!r} replaces {ours!r} in {type(scheduler).__name__}"
+    for inner, saved in zip(getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=False):
+        yield from differences(inner, saved)
 
 
 def _shared(scheduler: LRScheduler) -> Iterator[str]:
