@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from manic.fit import FORMAT, SHAPED, TUNER, WRONG, Record, by_id, by_number, check
 from manic.reduction import anywhere
@@ -136,6 +137,7 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     _load_tuner(mechanic, state_dict, live)
     if mechanic.scheduler is not None and saved.schedule is not None:
         mechanic.scheduler.load_state_dict(copy.deepcopy(saved.schedule))
+        _try_schedule(mechanic.scheduler)
     mechanic._settle()
 
 
@@ -154,6 +156,19 @@ def _name_differences(mechanic: Mechanic, saved: Record) -> None:
         notes.extend(differences(ours, saved.schedule))
     if notes:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
+
+
+def _try_schedule(scheduler: LRScheduler) -> None:
+    """Have it work out the lrs of now, which it cannot where what it has loaded does not go together."""
+    groups = scheduler.optimizer.param_groups
+    before = [dict(group) for group in groups]
+    for part in parts(scheduler):
+        if type(part).get_lr is not LRScheduler.get_lr:  # which those that are made of others do not have
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that this is not how users should ask
+                part.get_lr()
+    for group, values in zip(groups, before, strict=True):
+        group.update(values)  # OneCycleLR sets the momentum
 
 
 def _load_base(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from manic.schedules import IN_A_GROUP
 from manic.storage import DELTA, REF, layout_of, local, shards
@@ -210,14 +207,7 @@ def _check_record(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
             f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
             f"{type(scheduler).__name__}"
         )
-    here, name = scheduler.state_dict(), type(scheduler).__name__
-    _check_schedule(saved.schedule, here, name)
-    if any(isinstance(v, list) and len(v) != len(saved.schedule.get(k, v)) for k, v in here.items()):
-        # As where a group was added to the optimizer that the scheduler did not know of, which some of them bear.
-        try:
-            _step_schedule(scheduler, saved.schedule, groups)
-        except WRONG as error:
-            raise ValueError(f"the state of {name} in the checkpoint does not fit the param groups: {error}") from error
+    _check_schedule(saved.schedule, scheduler.state_dict(), type(scheduler).__name__)
     return saved
 
 
@@ -244,17 +234,6 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
             like = value if len(value) == len(theirs) else value[:1] * len(theirs)
             if not all(map(_alike, theirs, like)):
                 raise wrong
-
-
-def _step_schedule(scheduler: LRScheduler, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
-    """A step of a copy, from another state, on copies of the groups' options."""
-    plain = [{k: copy.deepcopy(v) for k, v in group.items() if not k.startswith("mechanic_")} for group in groups]
-    stand_in = SimpleNamespace(param_groups=plain, step=scheduler.optimizer.step)
-    twin = copy.deepcopy(scheduler, {id(scheduler.optimizer): stand_in})
-    twin.load_state_dict(copy.deepcopy(state))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        twin.step()
 
 
 # ---------------------------------------------------------------------- state
@@ -351,9 +330,13 @@ def _example(base: Optimizer, i: int, options: Mapping[str, Any], p: Tensor) -> 
 
 
 def _first_state(base: Optimizer, options: Mapping[str, Any], p: Tensor) -> dict[str, Any]:
-    """What two steps of a stand-in leave, with two elements in every dimension of p."""
+    """What two steps of a stand-in leave, with two elements in every dimension of p.
+
+    Raises:
+        ArithmeticError: they lead to what is not finite.
+    """
     small = torch.nn.Parameter(torch.zeros((2,) * p.dim(), dtype=p.dtype, device=p.device))
-    small.grad = torch.zeros_like(small)
+    small.grad = torch.ones_like(small)
     mine = {k: copy.deepcopy(v) for k, v in options.items() if k != "params" and not k.startswith("mechanic_")}
     stand_in = object.__new__(type(base))
     hooks: dict[str, Any] = {name: OrderedDict() for name in vars(base) if name.endswith("_hooks")}
@@ -364,6 +347,8 @@ def _first_state(base: Optimizer, options: Mapping[str, Any], p: Tensor) -> dict
     step = type(base).step
     for _ in range(2):  # the first does not use all of the options
         getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
+    if not bool(small.isfinite().all()):
+        raise ArithmeticError("its updates are not finite")
     return dict(stand_in.state[small])
 
 

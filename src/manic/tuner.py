@@ -143,14 +143,16 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
     whole = _over(1 + ref_sq.sqrt(), update_norm)  # the scale at which an update is as large as x; 0 before the first
 
+    # x - x_ref is all that remembers a recomputed Δ: a scale of 0 would lose it, and a tiny one its digits.
+    least = torch.zeros_like(whole) if options.store_delta else DIGITS * whole
+
     if options.variant == "paper":
         new = _paper(old, sums, betas, options)
+        new = new._replace(scale=torch.maximum(new.scale, least))
     else:
         first = START * whole if options.s_init is None else whole.new_full((), options.s_init * unit)
-        new = _scale_free(old, sums, betas, options, first, torch.minimum(FLOOR * whole, first), delta_norm, lr)
-    if not options.store_delta:
-        # x - x_ref is all that remembers Δ: a scale of 0 would lose it, and a tiny one its digits.
-        new = new._replace(scale=torch.maximum(new.scale, DIGITS * whole))
+        least = torch.maximum(least, torch.minimum(FLOOR * whole, first))
+        new = _scale_free(old, sums, betas, options, first, least, delta_norm, lr)
     new = new._replace(delta_norm=delta_norm / leap, keep=new.keep * leap)  # Δ is still to be brought to the new unit
     new = new._replace(numel=sums.numel, update_norm=update_norm, steps=old.steps + 1)
     kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, was, strict=True)))
@@ -186,7 +188,8 @@ def _h(sums: Sums, s_decay: float, weight: Tensor) -> Tensor:
 
 def _paper(old: Tuner, sums: Sums, betas: Tensor, options: Options) -> Tuner:
     """Algorithm 1."""
-    h = _h(sums, options.s_decay, old.s.sum())
+    largest = torch.finfo(betas.dtype).max ** 0.4  # so that the sum of squares stays finite while a run diverges
+    h = _h(sums, options.s_decay, old.s.sum()).clamp(-largest, largest)
     m = torch.maximum(betas * old.m, h.abs())
     v = betas.square() * old.v + h.square()
     r = (betas * old.r - old.s * h).clamp_min(0)
