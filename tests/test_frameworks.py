@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -204,6 +205,33 @@ def test_trainer_logs_the_effective_lr(tmp_path: Path, monkeypatch: pytest.Monke
         assert seen["mechanic/skipped"] == 0
     metrics = mechanic.metrics()
     assert {name: history[-1][f"mechanic/{name}"] for name in metrics} == metrics
+
+
+def test_trainer_with_a_scheduler_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built around what Accelerate has wrapped: told where there is one inside too, folded where it is given."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import Trainer, TrainingArguments
+
+    for inside in (True, False):
+        net = frameworks.Net()
+        mechanic, _ = frameworks.optimizer_of(net, inside=inside)
+        trainer = Trainer(
+            model=net,
+            args=TrainingArguments(
+                output_dir=str(tmp_path), max_steps=frameworks.STEPS, report_to=[], use_cpu=True, disable_tqdm=True
+            ),
+            train_dataset=frameworks.Data(),
+            optimizers=(mechanic, None),
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        told = ["the lr was set by somebody else" in str(warning.message) for warning in caught]
+        assert sum(told) == inside
+    scale, (lr,) = mechanic.scale.item(), trainer.lr_scheduler.base_lrs
+    optimizer = mechanic.unwrap(trainer.lr_scheduler)
+    assert trainer.lr_scheduler.base_lrs == [lr * scale]
+    assert trainer.lr_scheduler.optimizer is optimizer
 
 
 @pytest.mark.filterwarnings("ignore")
