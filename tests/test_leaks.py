@@ -1,0 +1,115 @@
+"""Memory stays flat: over many steps, over saving and loading, over Mechanics that come and go."""
+
+from __future__ import annotations
+
+import gc
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from manic import Mechanic
+
+STATM = Path("/proc/self/statm")
+pytestmark = pytest.mark.skipif(not STATM.exists(), reason="reads the size of the process from /proc")
+
+
+def build(native: bool = False, **options: Any) -> tuple[list[nn.Parameter], Mechanic]:
+    parameters = [nn.Parameter(torch.ones(7, 5)) for _ in range(20)]
+    base = torch.optim.AdamW(parameters, lr=0.1)
+    mechanic = Mechanic(base, torch.optim.lr_scheduler.LambdaLR(base, lambda t: 1 / (1 + t / 1000)), **options)
+    if native:
+        mechanic.compile()
+    return parameters, mechanic
+
+
+def step(parameters: list[nn.Parameter], mechanic: Mechanic) -> None:
+    for p in parameters:
+        p.grad = 0.1 * p.detach()
+    mechanic.step()
+    mechanic.zero_grad()
+
+
+def size() -> tuple[int, int, int]:
+    """Python objects, blocks of memory that Python holds, bytes of the process."""
+    gc.collect()
+    return len(gc.get_objects()), sys.getallocatedblocks(), 4096 * int(STATM.read_text().split()[1])
+
+
+def stays_flat(action: Callable[[], None], count: int) -> None:
+    for _ in range(min(count, 500)):  # caches grow at first
+        action()
+    objects, blocks, resident = size()
+    for _ in range(count):
+        action()
+    now = size()
+    assert now[0] - objects < count / 10, "Python objects"
+    assert now[1] - blocks < 1000 + count / 10, "blocks of memory"
+    assert now[2] - resident < 3 * 2**20 + 100 * count, "bytes"  # the smallest tensor has some 200
+
+
+def steps(**options: Any) -> Callable[[], None]:
+    run = build(**options)
+    return lambda: step(*run)
+
+
+def save_and_load() -> Callable[[], None]:
+    run = build()
+    step(*run)
+
+    def action() -> None:
+        step(*run)
+        file = io.BytesIO()
+        torch.save(run[1].state_dict(), file)
+        file.seek(0)
+        run[1].load_state_dict(torch.load(file, weights_only=True))
+
+    return action
+
+
+def come_and_go() -> None:
+    run = build()
+    for _ in range(3):
+        step(*run)
+    run[1].unwrap()
+
+
+def refused() -> Callable[[], None]:
+    parameters, mechanic = build()
+    step(parameters, mechanic)
+    state = mechanic.state_dict()
+    state["param_groups"][0]["mechanic_state"].fill_(torch.nan)
+
+    def action() -> None:
+        with pytest.raises(ValueError, match="not finite"):
+            mechanic.load_state_dict(state)
+
+    return action
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"per_group": True, "log_every": 1, "log_func": id}, {"store_delta": False}, {"native": True}],
+    ids=["default", "logged", "recomputed", "compiled"],
+)
+def test_many_steps(options: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """300 in the quick tests, 10,000 with --every."""
+    stays_flat(steps(**options), 10_000 if request.config.getoption("--every") else 300)
+
+
+@pytest.mark.parametrize("what", [save_and_load, lambda: come_and_go, refused], ids=["loaded", "unwrapped", "refused"])
+def test_many_checkpoints_and_mechanics(what: Any, request: pytest.FixtureRequest) -> None:
+    """60 in the quick tests, 1,000 with --every."""
+    stays_flat(what(), 1_000 if request.config.getoption("--every") else 60)
+
+
+@pytest.mark.parametrize("kept", [lambda: object(), lambda: bytearray(64), lambda: torch.zeros(64)])
+def test_what_is_kept_is_seen(kept: Callable[[], Any]) -> None:
+    heap: list[Any] = []
+    with pytest.raises(AssertionError):
+        stays_flat(lambda: heap.append(kept()), 3000)
