@@ -200,6 +200,7 @@ def steps_of(flat: Tensor, noise: Tensor, betas: Tensor, lr: Tensor, ok: Tensor)
     return flat
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 def test_the_scalar_half_over_many_steps_does_not_drift(request: pytest.FixtureRequest) -> None:
     """float32 against float64; 2,000 steps, or 10,000,000 with --every (some 40 minutes)."""
     every = request.config.getoption("--every")

@@ -12,6 +12,7 @@ import itertools
 import math
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -19,11 +20,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_readme import snippets
 from torch import Tensor, nn
 
 from manic import Mechanic
 from manic.inspection import inspect
 
+DOCS = Path(__file__).parents[1] / "docs"
 SCHEDULERS = torch.optim.lr_scheduler
 
 
@@ -195,7 +198,8 @@ def attempt(case: Case, what: str, state: Any, steps: int) -> str:
     try:
         train(parameters, mechanic, range(20, 22))
     except Exception as error:
-        return f"loaded, and then {error!r}"
+        # A schedule that is at its end, as it says, and which torch has a clear word for.
+        return "" if "Tried to step" in str(error) else f"loaded, and then {error!r}"
     if any(word in what for word in ("e+30", "1000000", "grad_avg")):
         return ""  # values like others, by which the run may well be lost
     finite = all(bool(p.isfinite().all()) for p in parameters) and bool(mechanic.scale.isfinite().all())
@@ -223,12 +227,29 @@ def test_anything_else_in_any_place_of_a_state_dict(
 
 
 def read(path: Path) -> Any:
-    """The recipe of docs/checkpoints.md."""
+    """By the recipe of docs/checkpoints.md."""
+    (recipe,) = [text for text in snippets(DOCS / "checkpoints.md") if "def load(" in text]
+    namespace: dict[str, Any] = {"torch": torch}
+    exec(recipe.partition("\nsave(")[0], namespace)
+    return namespace["load"](path)
+
+
+def test_an_entry_that_is_marked_as_a_folder_is_found(tmp_path: Path) -> None:
+    """torch takes it for one, and hands out memory that nobody wrote; its checksum is right."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"x": torch.arange(4.0)}, path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)
+    for _ in range(8):  # the external attributes of all entries
+        data[entry + 38] |= 0x10
+        entry = data.find(b"PK\x01\x02", entry + 1)
+        if entry < 0:
+            break
+    path.write_bytes(data)
     with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: {damaged}")
-    return torch.load(path, weights_only=True)
+        assert file.testzip() is None
+    with pytest.raises(ValueError, match="damaged"):
+        read(path)
 
 
 def test_files_that_are_cut_or_have_bytes_flipped(tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -252,7 +273,7 @@ def test_files_that_are_cut_or_have_bytes_flipped(tmp_path: Path, request: pytes
         path.write_bytes(data)
         try:
             found = read(path)
-        except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile):
+        except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error):
             refused += 1
             continue
         assert equal(found, state)

@@ -151,7 +151,8 @@ class Program(RuleBasedStateMachine):
         self.optimizer.add_param_group({"params": [p], "lr": 0.05, "initial_lr": 0.05})
         self.schedule.base_lrs.append(0.05)
         self.parameters.append(p)
-        self.oracle.add(p.flatten().tolist(), 0.05)
+        folded = math.fsum(self.oracle.s) if self.unwrapped else 1.0  # into the lrs that were there
+        self.oracle.add(p.flatten().tolist(), 0.05 / folded)
 
     @rule(factor=st.floats(0.5, 2))
     def change_lr(self, factor: float) -> None:

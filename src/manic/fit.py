@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.schedules import IN_A_GROUP
+from manic.schedules import IN_A_GROUP, PER_GROUP
 from manic.storage import DELTA, REF, layout_of, local, shards
 from manic.tuner import Options, Tuner
 
@@ -132,6 +132,11 @@ def _alike(value: Any, here: Any) -> bool:
     return isinstance(value, type(here))
 
 
+def _endless(value: Any, here: Any) -> bool:
+    """Whether it is infinite, and what is here is not."""
+    return _is_number(value) and math.isinf(value) and not (_is_number(here) and math.isinf(here))
+
+
 def _is_number(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool and _is_plain(value)
@@ -220,8 +225,7 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
             continue
         theirs, wrong = saved[key], ValueError(f"{key} of {name} is {saved[key]!r} in the checkpoint, {value!r} here")
         if not isinstance(value, list):
-            endless = _is_number(theirs) and math.isinf(theirs) and not (_is_number(value) and math.isinf(value))
-            if endless or not _alike(theirs, value):
+            if _endless(theirs, value) or not _alike(theirs, value):
                 raise wrong
         elif value and (not isinstance(theirs, list | tuple) or not theirs):
             raise wrong
@@ -231,8 +235,9 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
             for part, ours in zip(theirs, value, strict=True):
                 _check_schedule(part, ours, f"{name}.{key}")
         else:
-            like = value if len(value) == len(theirs) else value[:1] * len(theirs)
-            if not all(map(_alike, theirs, like)):
+            # Of the lists by group there may be fewer: a group may have been added that it did not know of.
+            like = value[:1] * len(theirs) if key in (*PER_GROUP, "lr_lambdas") and value else value
+            if not _alike(theirs, like) or any(map(_endless, theirs, like)):
                 raise wrong
 
 
