@@ -20,13 +20,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_readme import snippets
+from killed import recipe
 from torch import Tensor, nn
 
 from manic import Mechanic
 from manic.inspection import inspect
 
-DOCS = Path(__file__).parents[1] / "docs"
 SCHEDULERS = torch.optim.lr_scheduler
 
 
@@ -226,12 +225,7 @@ def test_anything_else_in_any_place_of_a_state_dict(
 # ---------------------------------------------------------------------- files
 
 
-def read(path: Path) -> Any:
-    """By the recipe of docs/checkpoints.md."""
-    (recipe,) = [text for text in snippets(DOCS / "checkpoints.md") if "def load(" in text]
-    namespace: dict[str, Any] = {"torch": torch}
-    exec(recipe.partition("\nsave(")[0], namespace)
-    return namespace["load"](path)
+read = recipe()["load"]  # of docs/checkpoints.md
 
 
 def test_an_entry_that_is_marked_as_a_folder_is_found(tmp_path: Path) -> None:

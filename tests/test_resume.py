@@ -416,6 +416,24 @@ def test_other_settings_of_the_scheduler_are_named(problem: Problem) -> None:
     mechanic.load_state_dict(saved)  # filterwarnings = error: where it stands is no setting
 
 
+def test_a_scheduler_that_counts_is_asked_for_nothing_that_stays(problem: Problem) -> None:
+    """Whether what was loaded works is tried out, which must not be a step of its own."""
+
+    class Counting(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self) -> list[float]:
+            self.asked = getattr(self, "asked", 0) + 1
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] += 0.5
+            return [0.1 / self.asked for _ in self.optimizer.param_groups]
+
+    optimizer = torch.optim.AdamW(problem.parameters(), lr=0.1)
+    mechanic = Mechanic(optimizer, Counting(optimizer))
+    mechanic.step()
+    before = copy.deepcopy(mechanic.state_dict())
+    mechanic.load_state_dict(copy.deepcopy(before))
+    assert same(mechanic.state_dict(), before)
+
+
 def test_a_plain_checkpoint_loads_and_the_tuner_starts_afresh(problem: Problem) -> None:
     parameters = problem.parameters()
     plain = torch.optim.AdamW(parameters, lr=0.1)

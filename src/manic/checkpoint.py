@@ -159,16 +159,18 @@ def _name_differences(mechanic: Mechanic, saved: Record) -> None:
 
 
 def _try_schedule(scheduler: LRScheduler) -> None:
-    """Have it work out the lrs of now, which it cannot where what it has loaded does not go together."""
-    groups = scheduler.optimizer.param_groups
-    before = [dict(group) for group in groups]
-    for part in parts(scheduler):
-        if type(part).get_lr is not LRScheduler.get_lr:  # which those that are made of others do not have
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that this is not how users should ask
-                part.get_lr()
-    for group, values in zip(groups, before, strict=True):
-        group.update(values)  # OneCycleLR sets the momentum
+    """Have it work out the lrs of now, which it cannot where what it has loaded does not go together. Nothing stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is not how users should ask
+        for part in parts(scheduler):
+            if type(part).get_lr is LRScheduler.get_lr:  # which those that are made of others do not have
+                continue
+            dicts = [vars(part), *part.optimizer.param_groups]  # OneCycleLR sets the momentum
+            before = [dict(values) for values in dicts]
+            part.get_lr()
+            for values, old in zip(dicts, before, strict=True):
+                values.clear()
+                values.update(old)
 
 
 def _load_base(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
