@@ -54,7 +54,7 @@ def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], sc
 def differences(scheduler: LRScheduler, state: dict[str, Any]) -> Iterator[str]:
     """What a scheduler was built with, and will lose to a state that it loads: "T_max = 100 replaces 200"."""
     here = scheduler.state_dict()
-    for name in inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch", "schedulers"}:
+    for name in sorted(inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch", "schedulers"}):
         key = f"_{name}" if f"_{name}" in here else name  # SequentialLR's _milestones
         theirs, ours = state.get(key), here.get(key)
         if theirs is not None and ours is not None and not isinstance(ours, Tensor) and theirs != ours:
