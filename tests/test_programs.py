@@ -151,7 +151,7 @@ class Program(RuleBasedStateMachine):
         self.optimizer.add_param_group({"params": [p], "lr": 0.05, "initial_lr": 0.05})
         self.schedule.base_lrs.append(0.05)
         self.parameters.append(p)
-        folded = math.fsum(self.oracle.s) if self.unwrapped else 1.0  # into the lrs that were there
+        folded = math.fsum(self.oracle.s) if self.unwrapped and self.variant == "paper" else 1.0  # into lrs of before
         self.oracle.add(p.flatten().tolist(), 0.05 / folded)
 
     @rule(factor=st.floats(0.5, 2))
