@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
 from manic import Mechanic
+from manic.schedules import fold
 
 STEPS, LR = 30, 0.02
 
@@ -37,6 +38,9 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "OneCycleLR": lambda o: schedules.OneCycleLR(o, LR, 2 * STEPS + 1, cycle_momentum=False),
     "SequentialLR": lambda o: schedules.SequentialLR(
         o, [schedules.LinearLR(o, 0.1, 1.0, 35), schedules.CosineAnnealingLR(o, STEPS, LR / 9)], [35]
+    ),
+    "SequentialLR of two that keep base lrs": lambda o: schedules.SequentialLR(
+        o, [schedules.LambdaLR(o, lambda t: 0.1 + t / 50), schedules.CosineAnnealingLR(o, STEPS, LR / 9)], [45]
     ),
     "ChainedScheduler": lambda o: schedules.ChainedScheduler(
         [schedules.ConstantLR(o, 0.5, 40), schedules.ExponentialLR(o, 0.98)]
@@ -251,13 +255,18 @@ def test_a_name_that_is_not_there(problem: Problem) -> None:
         Run(problem).mechanic.scales  # noqa: B018
 
 
-def test_a_group_that_the_scheduler_does_not_know_of() -> None:
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_group_that_the_scheduler_does_not_know_of(composed: bool) -> None:
     """It was added after the scheduler was built: the checkpoint loads where both are there at once, and unwraps."""
 
     def build(groups: int) -> tuple[list[nn.Parameter], Mechanic]:
         parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
         optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters[:groups]], lr=1e-2)
-        return parameters, Mechanic(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9))
+        schedule: Any = schedules.ExponentialLR(optimizer, 0.9)
+        if composed:
+            schedule = schedules.SequentialLR(optimizer, [schedule, schedules.ExponentialLR(optimizer, 0.8)], [50])
+        return parameters, Mechanic(optimizer, schedule)
 
     def train(parameters: list[nn.Parameter], mechanic: Mechanic) -> None:
         for _ in range(8):
@@ -273,3 +282,10 @@ def test_a_group_that_the_scheduler_does_not_know_of() -> None:
     assert other.effective_lr() == mechanic.effective_lr()
     wanted = mechanic.effective_lr()
     assert [group["lr"] for group in other.unwrap().param_groups] == pytest.approx(wanted)
+
+
+def test_one_group_and_the_floor_of_its_schedule() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=LR)
+    schedule = schedules.CosineAnnealingLR(optimizer, STEPS, LR / 5)
+    fold(optimizer.param_groups, [schedule], [3.0])
+    assert (optimizer.param_groups[0]["lr"], schedule.eta_min) == pytest.approx((3 * LR, 3 * LR / 5))

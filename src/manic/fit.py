@@ -230,7 +230,7 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
         elif value and (not isinstance(theirs, list | tuple) or not theirs):
             raise wrong
         elif value and isinstance(value[0], dict) and "last_epoch" in value[0]:  # schedulers in a scheduler
-            if not _alike(theirs, value):
+            if len(theirs) != len(value) or not all(isinstance(part, dict) for part in theirs):
                 raise wrong
             for part, ours in zip(theirs, value, strict=True):
                 _check_schedule(part, ours, f"{name}.{key}")
