@@ -331,6 +331,100 @@ def test_pieces_are_added_up_in_float64() -> None:
     assert sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0][3].item() == 1e8 + 40
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])
+def test_sums_of_a_sparse_gradient_are_those_of_a_dense_one(dtype: torch.dtype, stored: bool) -> None:
+    """Of several pieces, a large and a small one among them, so that float32 would not do for their sum."""
+    x = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = torch.arange(0, 500, 2)
+    values = torch.zeros(250, 300, dtype=dtype)
+    values[0, 0], values.view(-1)[sweeps.PIECE + 1 :] = 2**13, 1
+    dense = torch.zeros_like(x).index_copy_(0, rows, values)
+    delta = torch.linspace(1, 2, x.numel()).view_as(x)
+    sums = []
+    for g in (dense, torch.sparse_coo_tensor(rows[None], values, x.shape, check_invariants=True)):
+        ref = x.float() - delta / 2 + stored  # which shows where Δ is not recomputed
+        one = slot(1, param=nn.Parameter(x), grad=g, ref=ref, delta=delta if stored else None)
+        sums.append(sweeps.measure(sweeps.grouped([one]), torch.full((1,), 0.5, dtype=torch.float64), {})[0])
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-6, atol=0)
+    assert sums[1][2].item() == 2**26 + values.numel() - sweeps.PIECE - 1 == 2**26 + 9463
+    assert sums[1][0].item() == pytest.approx(
+        (delta * dense.float()).double().sum().item(), rel=1e-6 if stored else 1e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "piece"),
+    [((512, 1024), (256, 256)), ((1024, 512), (256, 256)), ((2, 8, 8, 4096), (2, 8, 8, 512)), ((256, 256), (256, 256))],
+    ids=str,
+)
+def test_tensors_that_lie_in_different_orders_are_cut_alike_along_the_longest_dimension(
+    shape: tuple[int, ...], piece: tuple[int, ...]
+) -> None:
+    x = torch.zeros(shape)
+    other = torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1])
+    pieces = list(sweeps._pieces(x, None, other))
+    assert len(pieces) == x.numel() // sweeps.PIECE
+    assert {a.shape for a, _, _ in pieces} == {piece}
+    for a, none, b in pieces:
+        assert (none, a.shape) == (None, b.shape)
+        a += 1
+        b += a
+    assert bool((x == 1).all() and (other == 1).all())
+
+
+def test_pieces_of_what_is_small_or_not_dense() -> None:
+    assert list(sweeps._pieces(torch.zeros(0, 3))) == []
+    assert [piece[0].shape for piece in sweeps._pieces(torch.zeros(()))] == [(1,)]
+    every_other = torch.zeros(2 * sweeps.PIECE + 10)[::2]
+    assert [piece[0].numel() for piece in sweeps._pieces(every_other)] == [sweeps.PIECE, 5]
+
+
+@pytest.mark.parametrize("other", ["g", "ref", "delta"])
+def test_what_may_go_through_one_kernel_together(other: str) -> None:
+    """All dense and in one order, whichever; x and g of one dtype; no view that is negated."""
+
+    def alike(make: Callable[[], torch.Tensor], odd: torch.Tensor) -> bool:
+        tensors = {name: make() for name in ("x", "g", "ref", "delta")} | {other: odd}
+        return sweeps._alike(**tensors)
+
+    x = torch.zeros(4, 6)
+    assert alike(lambda: x, x)
+    assert alike(lambda: torch.zeros(6, 4).t(), torch.zeros(6, 4).t())
+    assert not alike(lambda: x, torch.zeros(6, 4).t())
+    assert not alike(lambda: torch.zeros(6, 4).t(), x)
+    assert not alike(lambda: x, torch.zeros(4, 12)[:, ::2])
+    assert not alike(lambda: x, torch.zeros(24))
+    assert alike(lambda: x, x.double()) == (other != "g")
+    if other == "g":
+        assert not alike(lambda: x, torch._neg_view(x))
+
+
+def test_a_recomputed_delta_is_zero_where_the_scale_is() -> None:
+    x, ref = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0])
+    assert sweeps._recomputed(x, ref, torch.tensor(0.0)).tolist() == [0, 0]
+    assert sweeps._recomputed(x, ref, torch.tensor(0.5)).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("counts", [None, True, False])
+def test_moves_where_delta_is_recomputed(counts: bool | None) -> None:
+    """In several pieces: ‖u‖² is theirs together; and what does not count leaves x to the bit."""
+    x = torch.randn(sweeps.PIECE + 9, generator=torch.Generator().manual_seed(0))
+    one = slot(1, param=nn.Parameter(x.clone()), grad=x, ref=x - 0.1, delta=None)
+    groups, scale = sweeps.grouped([one]), torch.full((1,), 0.3, dtype=torch.float64)
+    sweeps.measure(groups, scale, {})
+    with torch.no_grad():
+        one.param += 2
+    counted = None if counts is None else torch.tensor([counts])
+    update_sq, _ = sweeps.move(groups, sweeps.still(scale), counted, {})
+    if counts is False:
+        assert update_sq.item() == 0
+        assert torch.equal(one.param, x)
+    else:
+        assert update_sq.item() == pytest.approx(4 * x.numel(), rel=1e-6)
+        torch.testing.assert_close(one.param.detach(), x + 0.3 * 2)
+
+
 def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     dot = torch.dot

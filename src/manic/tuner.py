@@ -156,7 +156,7 @@ def tune(old: Tuner, sums: Sums, ok: Tensor, betas: Tensor, options: Options, un
     new = new._replace(delta_norm=delta_norm / leap, keep=new.keep * leap)  # Δ is still to be brought to the new unit
     new = new._replace(numel=sums.numel, update_norm=update_norm, steps=old.steps + 1)
     kept = Tuner(*(torch.where(ok, a, b) for a, b in zip(new, was, strict=True)))
-    return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok, update_sq=old.update_sq)
+    return kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok)
 
 
 def _in_new_units(old: Tuner, sums: Sums, lr: Tensor) -> tuple[Tuner, Sums, Tensor]:
@@ -260,4 +260,4 @@ def _scale_free(
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
     """a / b for b >= 0, and 0 where b is 0."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
+    return torch.where(b > 0, a / b, 0)
