@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -11,11 +12,12 @@ import pytest
 import torch
 from conftest import Problem, cosine, flat, gap
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, sweeps
-from manic.storage import Slot
+from manic.storage import Slot, layout_of, shards
 
 STEPS = 200
 WILD = 60  # the step whose gradient is, where that is asked for
@@ -309,6 +311,14 @@ def slot(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Slot:
     p, g = (torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     ref, delta = p.to(torch.promote_types(dtype, torch.float32)), torch.zeros(n)
     return Slot(**{"param": nn.Parameter(p), "grad": g, "sign": 1.0, "index": 0, "ref": ref, "delta": delta, **changes})
+
+
+def test_over_how_many_processes_a_parameter_is_cut() -> None:
+    """By its mesh's sizes where a dimension shards. (DTensors themselves: nox -s distributed.)"""
+    mesh = SimpleNamespace(size=lambda i: (2, 3, 5)[i])
+    p = SimpleNamespace(device_mesh=mesh, placements=[Replicate(), Shard(0), Shard(1)])
+    assert layout_of(p) == (mesh, (False, True, True))
+    assert (shards(layout_of(p)), shards(layout_of(torch.ones(3)))) == (15, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -134,20 +134,16 @@ def test_the_state_of_a_scheduler(name: str, change: Any, says: str | None) -> N
         assert says in str(found.value)
 
 
-def test_settings_that_a_scheduler_would_lose() -> None:
+def test_settings_are_compared_of_schedulers_that_both_have() -> None:
     here, other = sequential(), sequential().state_dict()
     assert list(differences(here, other)) == []
-    other.update(_milestones=[7], last_epoch=5)
-    other["_schedulers"][1]["gamma"] = 0.3
-    assert list(differences(here, other)) == [
-        "milestones = [7] replaces [4] in SequentialLR",
-        "gamma = 0.3 replaces 0.1 in MultiStepLR",
-    ]
     del other["_schedulers"][1]
-    assert len(list(differences(here, other))) == 1
+    other["_schedulers"][0]["total_iters"] = 5
+    assert list(differences(here, other)) == ["total_iters = 5 replaces 4 in LinearLR"]
 
 
 P = nn.Parameter(torch.ones(3, 2))
+LINE = nn.Parameter(torch.ones(3))
 COMPLEX = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
 
 
@@ -174,6 +170,13 @@ def test_a_tensor_in_the_shape_of_a_parameter(value: Any, p: torch.Tensor, says:
         with pytest.raises(ValueError) as found:  # noqa: PT011
             _check_tensor("x", value, p)
         assert says in str(found.value)
+
+
+def test_a_value_of_one_dimension() -> None:
+    """Adafactor's variance of a vector."""
+    _check_value("variance", "what", torch.ones(3), torch.ones(2), LINE)
+    with pytest.raises(ValueError, match="what is"):
+        _check_value("variance", "what", torch.tensor(1.0), torch.ones(2), LINE)
 
 
 SHAPED_LIKE = torch.ones(2, 2)  # by a stand-in of two elements in each dimension

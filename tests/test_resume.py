@@ -416,6 +416,24 @@ def test_other_settings_of_the_scheduler_are_named(problem: Problem) -> None:
     mechanic.load_state_dict(saved)  # filterwarnings = error: where it stands is no setting
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter", "ignore:the checkpoint was written under other options")
+def test_what_cannot_go_on_is_found_in_a_scheduler_of_others(problem: Problem) -> None:
+    def build() -> Mechanic:
+        optimizer = torch.optim.AdamW(problem.parameters(), lr=0.1)
+        parts = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9) for _ in range(2)]
+        return Mechanic(optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2]))
+
+    mechanic = build()
+    problem.train([p for group in mechanic.param_groups for p in group["params"]], mechanic, 5)
+    saved, other = copy.deepcopy(mechanic.state_dict()), build()
+    before = copy.deepcopy(other.state_dict())
+    for group in saved["param_groups"]:
+        group["mechanic_scheduler"][0]["_schedulers"][1]["T_max"] = 0
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        other.load_state_dict(saved)
+    assert same(other.state_dict(), before)
+
+
 def test_a_scheduler_that_counts_is_asked_for_nothing_that_stays(problem: Problem) -> None:
     """Whether what was loaded works is tried out, which must not be a step of its own."""
 

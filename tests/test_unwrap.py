@@ -231,7 +231,11 @@ def test_a_scheduler_on_what_a_framework_has_wrapped(problem: Problem) -> None:
     [
         ({}, lambda run: ["cosine"], TypeError, "got 'cosine'"),
         ({}, lambda run: [Run(run.problem).schedule], ValueError, "CosineAnnealingLR was built on another optimizer"),
-        ({"per_group": True}, lambda run: [], ValueError, r"eta_min = 0.004 of CosineAnnealingLR is one lr for all"),
+        (
+            *({"per_group": True}, lambda run: [], ValueError),
+            r"eta_min = 0.004 of CosineAnnealingLR is one lr for all groups, and their scales differ "
+            r"\([-+.e\d]+, [-+.e\d]+\): set it to 0",
+        ),
     ],
 )
 def test_errors(options: Any, give: Any, error: Any, match: str, problem: Problem) -> None:
