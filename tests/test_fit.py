@@ -65,6 +65,7 @@ def sequential() -> schedulers.LRScheduler:
 
 
 SCHEDULES = {
+    "chained": lambda: schedulers.ChainedScheduler([schedulers.LinearLR(base())]),
     "cosine": lambda: schedulers.CosineAnnealingLR(base(), T_max=9),
     "lambda": lambda: schedulers.LambdaLR(base(), [lambda t: 1.0, lambda t: 1.0]),
     "plateau": lambda: schedulers.ReduceLROnPlateau(base()),
@@ -80,6 +81,7 @@ def inside(i: int, key: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
+        ("chained", lambda s: None, None),
         ("cosine", lambda s: None, None),
         ("cosine", lambda s: s.pop("last_epoch"), "the state of Cosine has no 'last_epoch' in the checkpoint"),
         ("cosine", lambda s: s.pop("base_lrs"), "no 'base_lrs'"),

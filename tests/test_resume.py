@@ -14,6 +14,7 @@ import resuming
 import torch
 from conftest import Problem, flat
 from resuming import SAVED_AT, STEPS, Run, cases, optimizers, same
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from manic import Mechanic
 
@@ -351,6 +352,70 @@ def test_warnings_point_at_the_callers_line(trained: Any, problem: Problem) -> N
     with pytest.warns(UserWarning, match="nothing of a Mechanic") as record:
         mechanic.load_state_dict(plain.state_dict())
     assert record[0].filename == __file__
+
+
+def test_a_warning_for_a_caller_without_a_name(trained: Any, problem: Problem) -> None:
+    _, mechanic = trained(steps=0)
+    state_dict = torch.optim.AdamW(problem.parameters()).state_dict()
+    with pytest.warns(UserWarning, match="nothing of a Mechanic"):
+        exec("load(state_dict)", {"load": mechanic.load_state_dict, "state_dict": state_dict, "__builtins__": {}})
+
+
+def mixed() -> tuple[list[torch.nn.Parameter], Mechanic]:
+    """14 elements, 6 of them complex; stepped once."""
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=d)) for n, d in ((4, None), (6, torch.complex64), (4, None))]
+    mechanic = Mechanic(torch.optim.SGD(parameters))
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    mechanic.step()
+    return parameters, mechanic
+
+
+def test_what_was_trained_may_be_left_out_only_where_it_is_frozen() -> None:
+    """DCP leaves out what needs no gradient, and the last step was about it nevertheless."""
+    _, mechanic = mixed()
+    parameters, other = mixed()
+    other.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+    lacking = copy.deepcopy(mechanic.state_dict())
+    del lacking["state"][0]
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        other.load_state_dict(lacking)
+    assert str(refused.value) == (
+        "the checkpoint is of step 1, but has no 'mechanic_ref' for 4 of the 14 elements that had a gradient then. "
+        "torch.distributed.checkpoint loads what it is asked for: ask with the Mechanic itself, "
+        "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there, and not frozen"
+    )
+    parameters[0].requires_grad_(False)
+    other.load_state_dict(lacking)
+    assert set(other.state) == set(parameters[1:])
+
+
+def test_options_that_do_not_work(trained: Any) -> None:
+    _, mechanic = trained(torch.optim.AdamW, 3)
+    state_dict = copy.deepcopy(mechanic.state_dict())
+    state_dict["param_groups"][0]["betas"] = (0.9, 1.0)
+    with pytest.raises(
+        ValueError, match="options of param group 0 in the checkpoint do not work: its updates are not finite"
+    ):
+        mechanic.load_state_dict(state_dict)
+
+
+def test_a_load_is_no_step_for_a_hook(trained: Any) -> None:
+    """Options are tried out with a step of a stand-in, which is nobody's business."""
+    _, mechanic = trained(torch.optim.AdamW, 3)
+    base, calls = mechanic.base_optimizer, []
+    own, every = base.register_step_pre_hook, register_optimizer_step_pre_hook
+    handles = [own(lambda *_: calls.append("own")), every(lambda *_: calls.append("every"))]
+    try:
+        mechanic.load_state_dict(copy.deepcopy(mechanic.state_dict()))
+        assert not calls
+        for p in mechanic.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        mechanic.step()
+        assert {"own", "every"} <= set(calls)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, problem: Problem) -> None:

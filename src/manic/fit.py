@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -281,7 +280,7 @@ def _check_whole(
     for count, keys in zip(counts, members, strict=True):
         known = [key for key in keys if REF in stepped.get(key, {})]
         frozen = [key for key in keys if key not in known and not params[key].requires_grad]  # DCP leaves them out
-        numel = sum(params[key].numel() * (2 if params[key].is_complex() else 1) for key in known + frozen)
+        numel = sum(params[key].numel() for key in known + frozen)
         if numel < float(count) * (1 - 1e-6):
             raise ValueError(
                 f"the checkpoint is of step {int(groups[0]['mechanic_step'])}, but has no {REF!r} for "
@@ -340,15 +339,10 @@ def _first_state(base: Optimizer, options: Mapping[str, Any], p: Tensor) -> dict
     Raises:
         ArithmeticError: they lead to what is not finite.
     """
-    small = torch.nn.Parameter(torch.zeros((2,) * p.dim(), dtype=p.dtype, device=p.device))
+    small = torch.nn.Parameter(local(p).detach().new_zeros((2,) * p.dim()))
     small.grad = torch.ones_like(small)
-    mine = {k: copy.deepcopy(v) for k, v in options.items() if k != "params" and not k.startswith("mechanic_")}
     stand_in = object.__new__(type(base))
-    hooks: dict[str, Any] = {name: OrderedDict() for name in vars(base) if name.endswith("_hooks")}
-    vars(stand_in).update(
-        {**vars(base), **hooks, "param_groups": [{**mine, "params": [small]}], "state": defaultdict(dict)}
-    )
-    vars(stand_in).pop("step", None)  # an LR scheduler's patch
+    vars(stand_in).update({**vars(base), "param_groups": [{**options, "params": [small]}], "state": defaultdict(dict)})
     step = type(base).step
     for _ in range(2):  # the first does not use all of the options
         getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
