@@ -1,0 +1,118 @@
+"""Mutation testing of the scalar half, the sweeps and the checkpoint: `nox -s mutants`.
+
+mutmut changes one thing at a time in a copy of the package, and some test must notice. What no test notices is printed
+and fails, unless it is explained below. It goes on where it was killed, and tries again what lived.
+
+    python tests/mutants.py out/mutants [tuner ...]
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# What is changed together, and the tests that are to notice. Each has a folder of its own.
+PLAN: dict[str, tuple[list[str], list[str]]] = {
+    "tuner": (["tuner"], ["tuner", "algorithm", "properties", "errors"]),
+    "sweeps": (["sweeps", "storage"], ["algorithm", "properties", "usage", "conventions", "kernels", "unwrap"]),
+    "checkpoint": (
+        ["checkpoint", "fit", "schedules"],
+        ["fit", "resume", "stateful", "hostile", "unwrap", "freeze", "errors"],
+    ),
+}
+# Slow ones, with processes, compilers or Triton's interpreter; and what looks at the stack, where mutmut has frames.
+WITHOUT = "new_process or without_manic or killed or compile or triton or callers_line or same_run or 10_million"
+
+# What hypothesis finds is enough; a minute of making it smaller is not wanted.
+FIRST = """
+from hypothesis import Phase, settings
+
+settings.register_profile("first", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("first")
+"""
+
+# Of what lives, name and diff: why. It does what the original does, or only what is not run here could tell.
+EXPLAINED = {
+    r"-(.*), strict=\w+(\).*)\n\+\1, (strict=\w+)?\2$": "what is zipped is of one length already",
+    r'(?i)-( +f?".*")\n\+\1$': "the case of a message",
+    r'-( +f?")(.*)"\n\+\1XX\2XX"$': "the edges of a message",
+}
+
+
+def prepare(place: Path, files: list[str], tests: list[str]) -> None:
+    """A copy to work on."""
+    for name in ("src", "tests", "docs"):
+        shutil.copytree(ROOT / name, place / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", place)
+    # mutmut leaves what is decorated alone.
+    sweeps = place / "src" / "manic" / "sweeps.py"
+    sweeps.write_text(sweeps.read_text().replace("\n@disable_dynamo\n", "\n"))
+    conftest = place / "tests" / "conftest.py"
+    conftest.write_text(conftest.read_text() + FIRST)
+    alone = "not (agreement or distributed or frameworks)"
+    config = {
+        "source_paths": ["src"],
+        "only_mutate": [f"src/manic/{name}.py" for name in files],
+        "also_copy": ["docs", "README.md"],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", alone, "-k", f"not ({WITHOUT})"],
+        "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in tests],
+        "timeout_multiplier": 1.5,
+        "timeout_constant": 10.0,
+    }
+    lines = [f"{key} = {value!r}" for key, value in config.items()]
+    (place / "pyproject.toml").write_text("\n".join([(ROOT / "pyproject.toml").read_text(), "[tool.mutmut]", *lines]))
+
+
+def mutmut(place: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "mutmut", *arguments]
+    return subprocess.run(command, cwd=place, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def results(place: Path) -> dict[str, str]:
+    """What became of each mutant."""
+    lines = mutmut(place, "results", "--all", "true").splitlines()
+    return {name: status for name, _, status in (line.strip().partition(": ") for line in lines)}
+
+
+def unexplained(place: Path) -> dict[str, str]:
+    """The diffs of the mutants that live, and nobody has said why."""
+    found = {}
+    for name, status in results(place).items():
+        if status in ("survived", "no tests", "suspicious"):
+            diff = mutmut(place, "show", name).splitlines()
+            text = "\n".join([name, *(line for line in diff if re.match(r"[-+](?!--|\+\+)", line))])
+            if not any(re.search(pattern, text) for pattern in EXPLAINED):
+                found[name] = text
+    return found
+
+
+def run(place: Path, files: list[str], tests: list[str]) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    prepare(place, files, tests)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    lived = list(unexplained(place)) if (place / "mutants").exists() else []
+    for names in [[], lived] if lived else [[]]:
+        command = [sys.executable, "-m", "mutmut", "run", *names]
+        subprocess.run(command, cwd=place, env=environment, check=True)
+
+
+def main() -> None:
+    living = []
+    for name in sys.argv[2:] or PLAN:
+        place = Path(sys.argv[1]).resolve() / name
+        run(place, *PLAN[name])
+        living += unexplained(place).values()
+        sys.stdout.write(f"{name}: {dict(Counter(results(place).values()))}\n")
+    if living:
+        sys.exit("\n\n".join([*living, f"{len(living)} live, and are not explained"]))
+
+
+if __name__ == "__main__":
+    main()
