@@ -27,8 +27,8 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
         ["fit", "resume", "stateful", "hostile", "unwrap", "freeze", "errors"],
     ),
 }
-# Slow ones, with processes, compilers or Triton's interpreter; and what looks at the stack, where mutmut has frames.
-WITHOUT = "new_process or without_manic or killed or compile or triton or callers_line or same_run or 10_million"
+# Slow ones, with processes, compilers or Triton's interpreter; and what wants threads, or no frames of mutmut's.
+WITHOUT = "new_process or without_manic or killed or compile or triton or same_run or number_of_threads or callers_line"
 
 # What hypothesis finds is enough; a minute of making it smaller is not wanted.
 FIRST = """
@@ -43,6 +43,13 @@ EXPLAINED = {
     r"-(.*), strict=\w+(\).*)\n\+\1, (strict=\w+)?\2$": "what is zipped is of one length already",
     r'(?i)-( +f?".*")\n\+\1$': "the case of a message",
     r'-( +f?")(.*)"\n\+\1XX\2XX"$': "the edges of a message",
+    r"\+.* torch\.where\(h <= 0, gain": "the gain and the loss are 0 there",
+    r"\+ +update\.nan_to_num_\(None, 0\.0, 0\.0\)": "which is 0",
+    r"x__move__.*\n.*\n\+.*(x\.dtype != ref\.dtype:|there, (out=None)?\))$": "a copy more, and the same x",
+    r"measure_rows__.*\n.*\n\+.*new_zeros\(2, 5": "another 0 in a sum",
+    r"\+ +group\.kernels\.discard\(group\.slots, counted, None\)": "only Triton's kernels use it: not run here",
+    r"\+.*(name\.r?partition\(|stacklevel|warn\(message, \)|_getframe\(2\))": "test_warnings_point_at_the_callers_line",
+    r'\+.*\.get\("__name__", "XXXX"\)': "a name like no other, either",
 }
 
 
@@ -64,7 +71,7 @@ def prepare(place: Path, files: list[str], tests: list[str]) -> None:
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", alone, "-k", f"not ({WITHOUT})"],
         "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in tests],
         "timeout_multiplier": 1.5,
-        "timeout_constant": 10.0,
+        "timeout_constant": 60.0,
     }
     lines = [f"{key} = {value!r}" for key, value in config.items()]
     (place / "pyproject.toml").write_text("\n".join([(ROOT / "pyproject.toml").read_text(), "[tool.mutmut]", *lines]))
@@ -85,7 +92,7 @@ def unexplained(place: Path) -> dict[str, str]:
     """The diffs of the mutants that live, and nobody has said why."""
     found = {}
     for name, status in results(place).items():
-        if status in ("survived", "no tests", "suspicious"):
+        if status not in ("killed", "not checked"):
             diff = mutmut(place, "show", name).splitlines()
             text = "\n".join([name, *(line for line in diff if re.match(r"[-+](?!--|\+\+)", line))])
             if not any(re.search(pattern, text) for pattern in EXPLAINED):

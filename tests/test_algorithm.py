@@ -313,6 +313,52 @@ def slot(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Slot:
     return Slot(**{"param": nn.Parameter(p), "grad": g, "sign": 1.0, "index": 0, "ref": ref, "delta": delta, **changes})
 
 
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.linspace(1, 2, 8), torch.int64),
+        (torch.linspace(1, 2, 10)[2:], torch.int64),
+        (torch.linspace(1, 2, 8, dtype=torch.float64), torch.int64),
+        (torch.linspace(1, 2, 8, dtype=torch.bfloat16), torch.int64),
+        # what is not whole words of 64 bits, end to end and from the start
+        (torch.linspace(1, 2, 7), torch.int32),
+        (torch.linspace(1, 2, 9)[1:], torch.int32),
+        (torch.linspace(1, 2, 16)[::2], torch.int32),
+        (torch.linspace(1, 2, 8).view(2, 4).T, torch.int32),
+        (torch.linspace(1, 2, 8).view(2, 4), torch.int32),
+        (torch.linspace(1, 2, 6, dtype=torch.bfloat16), torch.int16),
+        (torch.linspace(1, 2, 8, dtype=torch.float64).view(2, 4).T, torch.int64),
+    ],
+    ids=str,
+)
+def test_the_sum_of_the_bits(x: torch.Tensor, words: torch.dtype) -> None:
+    delta_x = torch.tensor(3.0)
+    carried, bits = sweeps._checksums(delta_x, x)
+    assert carried is delta_x
+    assert torch.equal(bits, x.contiguous().view(-1).view(words).sum())
+
+
+def test_what_counts_of_an_update() -> None:
+    given = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -2.0])
+    for counts, wanted in ((None, [0, 0, 0, 1e38, -2]), (True, [0, 0, 0, 1e38, -2]), (False, [0] * 5)):
+        update = given.clone()
+        found = sweeps._finite(update, None if counts is None else torch.tensor(counts))
+        assert found is update
+        assert torch.equal(found, torch.tensor(wanted, dtype=torch.float32))
+
+
+def test_a_recomputed_delta_is_held_while_its_scale_changes() -> None:
+    """x_ref moves instead. Where S was 0, so was Δ."""
+    x = torch.tensor([[3.0, -1.0, 2.0]])
+    sat_out = [slot(1, param=nn.Parameter(x.clone()), ref=torch.ones(1, 3), delta=None, index=i) for i in (0, 1)]
+    before, after = torch.tensor([0.5, 0.0]), torch.tensor([2.0, 4.0])
+    sweeps.hold(sat_out, before, after)
+    delta = torch.tensor([[4.0, -4.0, 2.0]])  # (x - 1) / 0.5
+    assert torch.equal(sat_out[0].ref + 2 * delta, x)
+    assert torch.equal(sat_out[1].ref, x)
+    assert all(torch.equal(one.param, x) for one in sat_out)
+
+
 def test_over_how_many_processes_a_parameter_is_cut() -> None:
     """By its mesh's sizes where a dimension shards. (DTensors themselves: nox -s distributed.)"""
     mesh = SimpleNamespace(size=lambda i: (2, 3, 5)[i])

@@ -166,7 +166,7 @@ def _measure_rows(slot: Slot, scale: Tensor) -> Tensor:
     grad = slot.grad.coalesce()  # type: ignore[union-attr]
     rows = tuple(grad.indices())
     delta = slot.delta[rows] if slot.delta is not None else _recomputed(slot.param[rows], slot.ref[rows], scale)
-    sums = torch.zeros(1, 5, dtype=torch.float64, device=delta.device)
+    sums = delta.new_zeros(1, 5, dtype=torch.float64)
     for g, d in _pieces(grad.values(), delta):
         g = g.to(d.dtype)
         sums[0, 0] += _dot(d, g)
@@ -269,7 +269,7 @@ def _move(run: Run, motion: Tensor, counts: Tensor | None, left: list[Tensor]) -
         if x.dtype == ref.dtype:
             torch.sub(x, scratch, out=scratch)
         else:
-            scratch = x.to(ref.dtype) - scratch.to(x.dtype).to(ref.dtype)
+            scratch = x.to(ref.dtype) - scratch.to(x.dtype)
         delta.mul_(keep).add_(_finite(scratch, counts))
         ref.addcmul_(delta, follow)
         delta.mul_(fade)
@@ -318,7 +318,7 @@ def discard(groups: Sequence[Group], counts: Tensor, carried: Carried) -> None:
 
 def hold(slots: Sequence[Slot], before: Tensor, after: Tensor) -> None:
     """Keep x and the recomputed Δ of parameters that sit out while S changes: x_ref moves instead."""
-    for run in _runs([[slot] for slot in slots], "ref"):
+    for run in _runs([[slot] for slot in slots]):
         ratio = run.scale(after) / run.scale(before)
         for x, _, ref, _, _ in run.pieces:
             ref.copy_(torch.where(ratio.isfinite(), x - ratio * (x - ref), x))
