@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, sweeps
-from manic.storage import Slot, layout_of, shards
+from manic.storage import DELTA, REF, Slot, layout_of, shards, signature, slots
 
 STEPS = 200
 WILD = 60  # the step whose gradient is, where that is asked for
@@ -357,6 +357,87 @@ def test_a_recomputed_delta_is_held_while_its_scale_changes() -> None:
     assert torch.equal(sat_out[0].ref + 2 * delta, x)
     assert torch.equal(sat_out[1].ref, x)
     assert all(torch.equal(one.param, x) for one in sat_out)
+
+
+def test_which_parameters_take_part() -> None:
+    """Those that have a gradient or had one; what never had one stands in nobody's way."""
+    never, now, sits_out = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    now.grad = torch.ones(2)
+    state = {sits_out: {REF: torch.zeros(2), DELTA: torch.ones(2)}}
+    groups = [{"params": [never, now]}, {"params": [never, sits_out], "maximize": True}]
+    for per_group in (True, False):
+        one, other = slots(groups, state, store_delta=True, per_group=per_group)
+        assert (one.param is now, one.grad is now.grad, one.sign, one.index, one.entering) == (True, True, 1, 0, True)
+        assert torch.equal(one.ref, now)
+        assert torch.equal(one.delta, torch.zeros(2))
+        assert (other.param is sits_out, other.grad, other.sign, other.entering) == (True, None, -1, False)
+        assert other.index == (1 if per_group else 0)
+        assert other.ref is state[sits_out][REF]
+        assert other.delta is state[sits_out][DELTA]
+
+
+def test_a_gradient_that_is_placed_otherwise() -> None:
+    """It follows its parameter. (DTensors themselves: nox -s distributed.)"""
+
+    class Placed:
+        device_mesh = None
+
+        def __init__(self, *placements: Any, grad: Any = None) -> None:
+            self.placements, self.grad = placements, grad
+
+        def redistribute(self, placements: Any) -> Any:
+            return "moved", placements
+
+    alike = Placed(Shard(0))
+    for grad, wanted in ((Placed(Replicate()), ("moved", (Shard(0),))), (alike, alike), (None, None)):
+        p = Placed(Shard(0), grad=grad)
+        (one,) = slots([{"params": [p]}], {p: {REF: 1}}, store_delta=True, per_group=False)
+        assert one.grad == wanted
+        assert one.layout == (None, (True,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p, state: setattr(p, "grad", None),
+        lambda p, state: setattr(p, "grad", p.grad.to_sparse()),
+        lambda p, state: setattr(p, "grad", p.grad.t().contiguous().t()),
+        lambda p, state: setattr(p, "grad", torch._neg_view(p.grad)),
+        lambda p, state: setattr(p, "data", p.data.t().contiguous().t()),
+        lambda p, state: state[p].update({REF: torch.ones(2, 3)}),
+        lambda p, state: state[p].update({DELTA: torch.ones(2, 3)}),
+        lambda p, state: state.pop(p),
+        lambda p, state: state[p].clear(),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_decides_how_parameters_are_taken_together(change: Any, which: int) -> None:
+    parameters = [nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    state = {p: {REF: torch.zeros(2, 3), DELTA: torch.zeros(2, 3)} for p in parameters}
+    state_before = [dict(entries) for entries in state.values()]  # what is replaced lives on, and so do the ids
+    found = []
+    for i in range(3):
+        for p in parameters:
+            p.grad = torch.full((2, 3), float(i))
+        if i == 2:
+            change(parameters[which], state)
+        found.append(signature(parameters, state))
+    assert found[0] == found[1]
+    assert found[1] != found[2]
+    assert len(state_before) == 2
+
+
+@pytest.mark.parametrize("other", [torch.ones(3), torch.ones(2, dtype=torch.bfloat16)], ids=str)
+def test_other_parameters_are_taken_otherwise(other: torch.Tensor) -> None:
+    p, q, r = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    pair = signature([p, q], {})
+    assert pair == signature([p, q], {})
+    assert pair not in (signature([q, p], {}), signature([p], {}), signature([p, r], {}))
+    q.data = other
+    assert pair != signature([p, q], {})
+    assert signature([p, torch.ones(2)], {}) is not None
+    other_class = torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {}))
+    assert signature([p, other_class], {}) is None  # who knows what it is made of
 
 
 def test_over_how_many_processes_a_parameter_is_cut() -> None:
