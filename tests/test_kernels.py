@@ -215,7 +215,7 @@ def test_a_step_with_nan_changes_nothing_but_the_count(
 ) -> None:
     with using(below[0], on_host):
         parameters = problem.parameters()
-        m = Mechanic(torch.optim.SGD(parameters, lr=0.1))
+        m = Mechanic(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))  # which moves on without a gradient
         problem.train(parameters, m, 12)
         before = flat(parameters).detach().clone(), m.scale
         problem.loss(parameters, 0).backward()
