@@ -347,6 +347,18 @@ def test_what_counts_of_an_update() -> None:
         assert torch.equal(found, torch.tensor(wanted, dtype=torch.float32))
 
 
+def test_sums_by_learned_scale() -> None:
+    """The number of elements, and ‖u‖² of what is recomputed: over all parameters of a scale."""
+    groups = sweeps.grouped([slot(n, delta=None, index=i) for n, i in ((3, 0), (4, 0), (20_000, 1))])
+    sums = sweeps.measure(groups, torch.zeros(2, dtype=torch.float64), {})
+    assert sums[:, sweeps.NUMEL].tolist() == [7, 20_000]
+    for group in groups:
+        for one in group.slots:
+            one.param.data += 2.0
+    update_sq, _ = sweeps.move(groups, sweeps.still(torch.ones(2, dtype=torch.float64)), None, {})
+    assert update_sq.tolist() == pytest.approx([4 * 7, 4 * 20_000], rel=1e-5)
+
+
 def test_a_recomputed_delta_is_held_while_its_scale_changes() -> None:
     """x_ref moves instead. Where S was 0, so was Δ."""
     x = torch.tensor([[3.0, -1.0, 2.0]])

@@ -98,6 +98,7 @@ def test_one_step_of_every_shape_is_the_eager_one(below: tuple[Kernels, torch.de
         for i, slot in enumerate(slots):
             slot.param.data += 0.01 * torch.randn(slot.param.shape).to(slot.param) * (i + 1)
         _, carried = sweeps.move(groups, motion, None, carried)
+        assert all(carried[group.identity].known for group in groups if group.kernels is not None)
         refs = [slot.ref.clone() for slot in slots]
         sums.append(sweeps.measure(groups, there, carried)[0])
         assert all(map(torch.equal, refs, [slot.ref for slot in slots])), "nobody edited anything"
