@@ -48,6 +48,7 @@ EXPLAINED = {
     r"x__move__.*\n.*\n\+.*(x\.dtype != ref\.dtype:|there, (out=None)?\))$": "a copy more, and the same x",
     r"\+ +return torch\.dot\(a, b\) if \(a\.dim\(\) == 1\) and False else": "the same, with views of all of both",
     r"\+.*\.to\(None\)": "it is on that device already, and the dtypes are those of a sum of both",
+    r"as_wanted__.*\n.*\n\+.*\.to\((device=None, )?dtype=": "it is on that device already, but for a tuner elsewhere",
     r"measure_rows__.*\n.*\n\+.*new_zeros\(2, 5": "another 0 in a sum",
     r"\+ +group\.kernels\.discard\(group\.slots, counted, None\)": "only Triton's kernels use it: not run here",
     r"\+.*(name\.r?partition\(|stacklevel|warn\(message, \)|_getframe\(2\))": "test_warnings_point_at_the_callers_line",

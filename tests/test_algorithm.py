@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, sweeps
-from manic.storage import DELTA, REF, Slot, layout_of, shards, signature, slots
+from manic.storage import DELTA, REF, Slot, layout_of, local, shards, signature, slots
 
 STEPS = 200
 WILD = 60  # the step whose gradient is, where that is asked for
@@ -347,6 +347,16 @@ def test_what_counts_of_an_update() -> None:
         assert torch.equal(found, torch.tensor(wanted, dtype=torch.float32))
 
 
+def test_small_tensors_are_taken_together() -> None:
+    """As many as fill PACKED, and not one element more; large and empty ones are alone."""
+    sizes = [sweeps.SMALL] * 5 + [sweeps.SMALL + 1, 0, 1]
+    groups = sweeps.grouped([slot(n) for n in sizes])
+    found = sorted([one.param.numel() for one in group.slots] for group in groups)
+    assert found == [[0], [sweeps.SMALL, 1], [sweeps.SMALL] * 4, [sweeps.SMALL + 1]]
+    assert sorted(group.numel for group in groups) == sorted(map(sum, found))
+    assert 4 * sweeps.SMALL == sweeps.PACKED
+
+
 def test_sums_by_learned_scale() -> None:
     """The number of elements, and ‖u‖² of what is recomputed: over all parameters of a scale."""
     groups = sweeps.grouped([slot(n, delta=None, index=i) for n, i in ((3, 0), (4, 0), (20_000, 1))])
@@ -458,6 +468,8 @@ def test_over_how_many_processes_a_parameter_is_cut() -> None:
     p = SimpleNamespace(device_mesh=mesh, placements=[Replicate(), Shard(0), Shard(1)])
     assert layout_of(p) == (mesh, (False, True, True))
     assert (shards(layout_of(p)), shards(layout_of(torch.ones(3)))) == (15, 1)
+    plain = torch.ones(3)
+    assert local(SimpleNamespace(to_local=lambda: plain)) is local(plain) is plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
