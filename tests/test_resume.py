@@ -390,6 +390,98 @@ def test_what_was_trained_may_be_left_out_only_where_it_is_frozen() -> None:
     assert set(other.state) == set(parameters[1:])
 
 
+def test_what_a_step_cannot_be_tried_of_is_compared_with_the_parameters() -> None:
+    """SparseAdam takes sparse gradients only, so nobody knows what its first step would leave."""
+    parameters = [torch.nn.Parameter(torch.ones(5, 2)) for _ in range(2)]
+    mechanic = Mechanic(torch.optim.SparseAdam(parameters))
+    for p in parameters:
+        p.grad = torch.ones_like(p).to_sparse(1)
+    mechanic.step()
+    for change, says in (
+        (lambda values: values.pop("exp_avg"), "no 'exp_avg' for parameter 1"),
+        (lambda values: values.update(exp_avg=torch.ones(5, 3)), r"exp_avg of parameter 1 is \(5, 3\)"),
+    ):
+        state_dict = copy.deepcopy(mechanic.state_dict())
+        change(state_dict["state"][1])
+        with pytest.raises(ValueError, match=says):
+            mechanic.load_state_dict(state_dict)
+
+
+def test_what_is_loaded_is_a_copy_unless_it_is_there_already(trained: Any) -> None:
+    _, mechanic = trained(torch.optim.AdamW, 3)
+    state_dict = copy.deepcopy(mechanic.state_dict())
+    own = [values[name] for values in state_dict["state"].values() for name in ("mechanic_ref", "mechanic_delta")]
+    for group in state_dict["param_groups"]:
+        own += [group["mechanic_step"], group["mechanic_state"]]
+    _, other = trained(torch.optim.AdamW, 1)
+    other.load_state_dict(state_dict)
+    before = copy.deepcopy(other.state_dict())
+    for tensor in own:
+        tensor.fill_(7)
+    assert same(other.state_dict(), before)
+
+    # DCP loads into the tensors of the state dict, which are the live ones.
+    live = {p: (values["mechanic_ref"], values["mechanic_delta"]) for p, values in other.state.items()}
+    other.load_state_dict(other.state_dict())
+    for p, (ref, delta) in live.items():
+        assert other.state[p]["mechanic_ref"] is ref
+        assert other.state[p]["mechanic_delta"] is delta
+
+
+def test_scalars_of_the_base_keep_their_digits() -> None:
+    """torch casts them to the dtype of the parameter."""
+    mechanics = []
+    for _ in range(2):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        mechanics.append(Mechanic(torch.optim.NAdam([p])))
+        p.grad = torch.ones_like(p)
+        mechanics[-1].step()
+    first, second = mechanics
+    (values,) = first.state.values()
+    values["mu_product"].fill_(0.123456789)
+    state_dict = copy.deepcopy(first.state_dict())
+    state_dict["state"]["of nobody"] = 3  # which torch takes over as it is
+    second.load_state_dict(state_dict)
+    loaded = second.state.pop(p)
+    assert torch.equal(loaded["mu_product"], torch.tensor(0.123456789))
+    assert loaded["mu_product"] is not state_dict["state"][0]["mu_product"]
+    assert loaded["exp_avg"].dtype == torch.bfloat16
+    assert dict(second.state) == {"of nobody": 3}
+
+
+def test_counts_of_steps(problem: Problem) -> None:
+    """Those that were skipped are in what the log counts; of any dtype."""
+    mechanics = []
+    for log_every in (0, 5):
+        parameters, seen = problem.parameters(), []
+        mechanics.append(Mechanic(torch.optim.AdamW(parameters), log_every=log_every, log_func=seen.append))
+    first, second = mechanics
+    parameters = [p for group in first.param_groups for p in group["params"]]
+    problem.train(parameters, first, 5)
+    for p in parameters:
+        p.grad = torch.full_like(p, float("nan"))
+    first.step(), first.step()
+    assert first.skipped == 2
+    state_dict = copy.deepcopy(first.state_dict())
+    for group in state_dict["param_groups"]:
+        group["mechanic_step"] = group["mechanic_step"].double()
+    second.load_state_dict(state_dict)
+    assert second.param_groups[0]["mechanic_step"].dtype == torch.float32
+    problem.train([p for group in second.param_groups for p in group["params"]], second, 5)
+    assert [data["iter_count"] for data in seen] == [10]
+
+
+def test_a_scheduler_on_one_side_only(trained: Any, problem: Problem) -> None:
+    _, plain = trained(torch.optim.AdamW, 3)
+    optimizer = torch.optim.AdamW(problem.parameters())
+    scheduled = Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=9))
+    scheduled_state, plain_state = (copy.deepcopy(one.state_dict()) for one in (scheduled, plain))
+    with pytest.warns(UserWarning, match="options: it has no scheduler, so CosineAnnealingLR stays as it is$"):
+        scheduled.load_state_dict(plain_state)
+    with pytest.warns(UserWarning, match="its scheduler CosineAnnealingLR is left out, since this Mechanic has none$"):
+        plain.load_state_dict(scheduled_state)
+
+
 def test_options_that_do_not_work(trained: Any) -> None:
     _, mechanic = trained(torch.optim.AdamW, 3)
     state_dict = copy.deepcopy(mechanic.state_dict())
