@@ -482,6 +482,81 @@ def test_a_scheduler_on_one_side_only(trained: Any, problem: Problem) -> None:
         plain.load_state_dict(scheduled_state)
 
 
+def two_groups(problem: Problem) -> Mechanic:
+    """Around AdamW, with a schedule; stepped."""
+    parameters = problem.parameters()
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=0.1)
+    mechanic = Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30))
+    problem.train(parameters, mechanic, 3)
+    return mechanic
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s, one, other, options, plan: options.update(unit=0.0), None),
+        (lambda s, one, other, options, plan: options.update(unit=-1.0), "unit = -1.0 must be >= 0 and finite"),
+        (lambda s, one, other, options, plan: options.update(unit=float("inf")), "unit = inf must be >= 0 and finite"),
+        (lambda s, one, other, options, plan: other.update(mechanic_step=one["mechanic_step"].half()), None),
+        (
+            lambda s, one, other, options, plan: other.update(mechanic_state=-other["mechanic_state"]),
+            "mechanic_state of param group 1 differs from that of group 0, and they share one scale",
+        ),
+        (
+            lambda s, one, other, options, plan: one.pop("mechanic_scheduler"),
+            "the checkpoint has a CosineAnnealingLR, and no 'mechanic_scheduler'",
+        ),
+        *(
+            (
+                lambda s, one, other, options, plan, broken=broken: one.update(mechanic_scheduler=broken),
+                "the checkpoint's state of the scheduler is broken: ",
+            )
+            for broken in ({0: {}}, [{}, 3], [3], {})
+        ),
+        (lambda s, one, other, options, plan: plan.update(T_max="x"), "T_max of CosineAnnealingLR is 'x' in the"),
+        (
+            lambda s, one, other, options, plan: other.pop("initial_lr"),
+            "param group 1 of the checkpoint has no 'initial_lr', which its scheduler needs",
+        ),
+        (
+            lambda s, one, other, options, plan: other.update(params=one["params"]),
+            "the param groups of the checkpoint have a parameter twice: [0, 0]",
+        ),
+        (
+            lambda s, one, other, options, plan: s["state"].update({0: 3}),
+            "the state of parameter 0 is 3 in the checkpoint, and must be a dict",
+        ),
+        (
+            lambda s, one, other, options, plan: s["state"][0].pop("mechanic_delta"),
+            "the state of parameter 0 has ['mechanic_ref'], not ['mechanic_delta', 'mechanic_ref']",
+        ),
+    ],
+)
+def test_what_is_said_of_a_checkpoint(change: Any, says: str | None, problem: Problem) -> None:
+    state_dict = copy.deepcopy(two_groups(problem).state_dict())
+    one, other = state_dict["param_groups"]
+    change(state_dict, one, other, one["mechanic_options"][0], one["mechanic_scheduler"][0])
+    mechanic = two_groups(problem)
+    if says is None:
+        mechanic.load_state_dict(state_dict)
+    else:
+        with pytest.raises(ValueError) as refused:  # noqa: PT011
+            mechanic.load_state_dict(state_dict)
+        assert says in str(refused.value)
+
+
+def test_what_is_left_of_a_mechanic_is_a_plain_optimizers(problem: Problem) -> None:
+    state_dict = copy.deepcopy(two_groups(problem).state_dict())
+    for group in state_dict["param_groups"]:
+        for key in [key for key in group if key.startswith("mechanic_")]:
+            del group[key]
+    mechanic = two_groups(problem)
+    with pytest.warns(UserWarning, match="nothing of a Mechanic"):
+        mechanic.load_state_dict(state_dict)
+    assert mechanic.scale == 0
+    assert not any("mechanic_ref" in values for values in mechanic.state.values())
+
+
 def test_options_that_do_not_work(trained: Any) -> None:
     _, mechanic = trained(torch.optim.AdamW, 3)
     state_dict = copy.deepcopy(mechanic.state_dict())

@@ -104,7 +104,7 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
         if lost and "mechanic_scheduler" in live[i].keys() & saved[i].keys():
             raise ValueError(f"param group {i} of the checkpoint has no {min(lost)!r}, which its scheduler needs")
         own = {name for name in live[i] if name.startswith("mechanic_")}
-        for name in saved[i].keys() & live[i].keys() - own - {"params", "param_names"}:
+        for name in saved[i].keys() & live[i].keys() - own - {"params"}:
             value, here = saved[i][name], live[i][name]
             unset = value is None and mechanic.defaults.get(name) is None and name not in IN_A_GROUP
             endless = name in IN_A_GROUP and _is_number(value) and not math.isfinite(value)
