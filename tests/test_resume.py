@@ -326,9 +326,12 @@ def test_a_failure_after_everything_was_loaded_is_undone(problem: Problem, monke
         raise MemoryError
 
     monkeypatch.setattr(Mechanic, "_settle", fail)
+    state_dict = copy.deepcopy(mechanics[0].state_dict())
+    state_dict["param_groups"][0]["mechanic_scheduler"][0]["more"] = 1
     with pytest.raises(MemoryError):
-        mechanics[1].load_state_dict(copy.deepcopy(mechanics[0].state_dict()))
+        mechanics[1].load_state_dict(state_dict)
     assert same(snapshot(parameters, mechanics[1]), before)
+    assert not hasattr(mechanics[1].scheduler, "more")
     assert mechanics[1].scheduler.last_epoch == 5
 
 
@@ -485,10 +488,15 @@ def test_a_scheduler_on_one_side_only(trained: Any, problem: Problem) -> None:
 def two_groups(problem: Problem) -> Mechanic:
     """Around AdamW, with a schedule; stepped."""
     parameters = problem.parameters()
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], lr=0.1)
+    optimizer = torch.optim.AdamW([{"params": [p], "foreach": True} for p in parameters], lr=0.1)
     mechanic = Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30))
     problem.train(parameters, mechanic, 3)
     return mechanic
+
+
+def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
+    """What is no tensor, under the number as a string."""
+    state["1"] = {"step": state[1].pop("step")}
 
 
 @pytest.mark.parametrize(
@@ -514,6 +522,18 @@ def two_groups(problem: Problem) -> Mechanic:
             for broken in ({0: {}}, [{}, 3], [3], {})
         ),
         (lambda s, one, other, options, plan: plan.update(T_max="x"), "T_max of CosineAnnealingLR is 'x' in the"),
+        (lambda s, one, other, options, plan: as_dcp_leaves_it(s["state"]), None),
+        (lambda s, one, other, options, plan: other.update(foreach=None), None),
+        *(
+            (
+                lambda s, one, other, options, plan, name=name, broken=broken: other.update({name: broken}),
+                f"{name} of param group 1 is {broken!r} in the checkpoint, {here!r} here",
+            )
+            for name, broken, here in (
+                *(("foreach", "x", True), ("weight_decay", "x", 0.01), ("weight_decay", None, 0.01)),
+                *(("initial_lr", float("inf"), 0.1), ("initial_lr", None, 0.1)),
+            )
+        ),
         (
             lambda s, one, other, options, plan: other.pop("initial_lr"),
             "param group 1 of the checkpoint has no 'initial_lr', which its scheduler needs",
