@@ -56,7 +56,7 @@ EXPLAINED = {
     r"load_base__.*\n.*\n\+.*(isinstance.* and False|XXstateXX|STATE)": "x_ref and Δ are replaced after it",
     r"load_base__.*\n.*\n\+.*\.to\((device=None, )?copy=": "it is on that device already, but for fused bases on a GPU",
     r"unpack__.*\n.*\n\+ +schedule = .* copy\.copy\(": "a load replaces what is in it, and changes nothing there",
-    r'unpack__(.*\n)*(.*anywhere\(|.*\n.*"the checkpoint does not fit on another rank)': "one process has no other ranks",
+    r'unpack__(.*\n)*(.*anywhere\(|.*\n.*"the checkpoint does not fit on another)': "one process has no other ranks",
     r"measure_rows__.*\n.*\n\+.*new_zeros\(2, 5": "another 0 in a sum",
     r"\+ +group\.kernels\.discard\(group\.slots, counted, None\)": "only Triton's kernels use it: not run here",
     r"\+.*(name\.r?partition\(|stacklevel|warn\(message, \)|_getframe\(2\))": "test_warnings_point_at_the_callers_line",

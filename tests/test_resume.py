@@ -565,6 +565,14 @@ def test_what_is_said_of_a_checkpoint(change: Any, says: str | None, problem: Pr
         assert says in str(refused.value)
 
 
+def test_the_state_of_a_scheduler_is_copied(problem: Problem) -> None:
+    state_dict, mechanic = copy.deepcopy(two_groups(problem).state_dict()), two_groups(problem)
+    mechanic.load_state_dict(state_dict)
+    state_dict["param_groups"][0]["mechanic_scheduler"][0]["base_lrs"][0] = 9.0
+    assert mechanic.scheduler is not None
+    assert mechanic.scheduler.base_lrs == [0.1, 0.1]
+
+
 def test_what_is_left_of_a_mechanic_is_a_plain_optimizers(problem: Problem) -> None:
     state_dict = copy.deepcopy(two_groups(problem).state_dict())
     for group in state_dict["param_groups"]:
