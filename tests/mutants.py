@@ -112,13 +112,14 @@ def unexplained(place: Path) -> dict[str, str]:
 
 
 def run(place: Path, files: list[str], tests: list[str]) -> None:
+    tried = (place / "mutants").exists()
     place.mkdir(parents=True, exist_ok=True)
     prepare(place, files, tests)
+    command = [sys.executable, "-m", "mutmut", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    lived = list(unexplained(place)) if (place / "mutants").exists() else []
-    for names in [[], lived] if lived else [[]]:
-        command = [sys.executable, "-m", "mutmut", "run", *names]
-        subprocess.run(command, cwd=place, env=environment, check=True)
+    subprocess.run(command, cwd=place, env=environment, check=True)
+    if tried and (lived := unexplained(place)):
+        subprocess.run([*command, *lived], cwd=place, env=environment, check=True)
 
 
 def main() -> None:
