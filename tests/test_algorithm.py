@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic, sweeps
-from manic.storage import DELTA, REF, Slot, layout_of, local, shards, signature, slots
+from manic.storage import DELTA, REF, Slot, column, layout_of, local, shards, signature, slots
 
 STEPS = 200
 WILD = 60  # the step whose gradient is, where that is asked for
@@ -469,7 +469,10 @@ def test_over_how_many_processes_a_parameter_is_cut() -> None:
     assert layout_of(p) == (mesh, (False, True, True))
     assert (shards(layout_of(p)), shards(layout_of(torch.ones(3)))) == (15, 1)
     plain = torch.ones(3)
-    assert local(SimpleNamespace(to_local=lambda: plain)) is local(plain) is plain
+    placed: Any = SimpleNamespace(to_local=lambda: plain)
+    assert local(placed) is local(plain) is plain
+    assert column([slot(1, ref=placed, layout=layout_of(p))] * 2, "ref") == [plain, plain]
+    assert column([slot(1, ref=placed)], "ref") == [placed]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
