@@ -54,11 +54,11 @@ def test_frozen_it_holds_nothing() -> None:
 
 
 def test_sums_keep_their_digits() -> None:
-    """A million elements; one float32 dot has lost ten times as much."""
+    """A million elements add up as exactly as this processor's torch.dot does 64 Ki of them; in one dot they do not."""
     for dtype in (torch.float32, torch.bfloat16):
         errors = sums.errors(10**6, dtype)
-        assert errors["manic"] < 3e-6
-        assert errors["manic, compiled"] < 3e-6
+        assert errors["manic"] <= errors["torch.dot, 64 Ki"] < errors["one torch.dot"]
+        assert errors["manic, compiled"] < 3e-6  # whose order of adding up is our own
 
 
 def test_the_report_is_made_of_what_was_written(tmp_path: Path) -> None:

@@ -269,7 +269,8 @@ def _move(run: Run, motion: Tensor, counts: Tensor | None, left: list[Tensor]) -
         if x.dtype == ref.dtype:
             torch.sub(x, scratch, out=scratch)
         else:
-            scratch = x.to(ref.dtype) - scratch.to(x.dtype)
+            rounded = scratch.to(x.dtype)
+            scratch.copy_(x).sub_(rounded)
         delta.mul_(keep).add_(_finite(scratch, counts))
         ref.addcmul_(delta, follow)
         delta.mul_(fade)
