@@ -280,9 +280,12 @@ def test_two_runs_give_the_same_bits_on_any_number_of_threads() -> None:
         assert all(map(torch.equal, first, run(threads)))
 
 
-def test_a_compiled_run_is_the_eager_one_and_resumes_bitwise(problem: Problem, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_compiled_run_is_the_eager_one_and_resumes_bitwise(
+    problem: Problem, tmp_path: Path, dtype: torch.dtype
+) -> None:
     def build() -> tuple[list[nn.Parameter], Mechanic]:
-        parameters = problem.parameters()
+        parameters = problem.parameters(dtype)
         m = Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
         m.compile()
         assert m.compile() is None
@@ -304,9 +307,10 @@ def test_a_compiled_run_is_the_eager_one_and_resumes_bitwise(problem: Problem, t
     problem.train(resumed, loaded, range(30, 60))
     assert torch.equal(flat(parameters), flat(resumed))
 
-    eager = problem.parameters()
-    problem.train(eager, Mechanic(torch.optim.AdamW(eager, lr=1e-3)), 60)
-    assert gap(flat(resumed).detach(), flat(eager).detach(), problem.start) < 1e-6
+    if dtype == torch.float64:  # 60 steps in float32 make much of the last digit of a sum
+        eager = problem.parameters(dtype)
+        problem.train(eager, Mechanic(torch.optim.AdamW(eager, lr=1e-3)), 60)
+        assert gap(flat(resumed).detach(), flat(eager).detach(), problem.start) < 1e-12
 
 
 def test_compile_uses_the_kernels_and_nothing_is_compiled_unasked(problem: Problem) -> None:
