@@ -118,7 +118,8 @@ def findings(look: Look, last: Look, level: Look, base: type[Optimizer], waiting
         )
     for owner, tuner, before in zip(look.owners, look.tuners, last.tuners, strict=True):
         of = owner and f" of group {owner}"
-        for kind, message in _of_one(tuner, look.options, of):
+        first = look is last or float(before.steps) < ENOUGH  # look since the start should have been left
+        for kind, message in _of_one(tuner, look.options, of, first):
             yield kind + of, message
         outliers = int(tuner.outliers - before.outliers)
         if since >= 10 and outliers >= since / 10:
@@ -129,8 +130,9 @@ def findings(look: Look, last: Look, level: Look, base: type[Optimizer], waiting
             )
 
 
-def _of_one(tuner: Tuner, options: Options, of: str) -> Iterator[tuple[str, str]]:
-    """What can be told from the state of one learned scale."""
+def _of_one(tuner: Tuner, options: Options, of: str, first: bool) -> Iterator[tuple[str, str]]:
+    """What can be told from the state of one learned scale. One that has left its start may well come back, where the
+    minimum is reached: that is asked only at the `first` look."""
     steps, scale, update_norm = float(tuner.steps), float(tuner.scale), float(tuner.update_norm)
     size, away = 1 + math.sqrt(tuner.ref_sq), scale * float(tuner.delta_norm)
     if steps >= 10 and update_norm == 0:
@@ -146,11 +148,11 @@ def _of_one(tuner: Tuner, options: Options, of: str) -> Iterator[tuple[str, str]
                 f"the base optimizer has not moved the parameters{of} in {steps:.0f} steps. Is its lr 0, because "
                 "nobody steps its scheduler? Are its updates below the parameters' last digit (SGD, bfloat16)?",
             )
-    elif steps >= ENOUGH and options.s_init is None and scale * update_norm <= HARDLY * size:
+    elif first and steps >= ENOUGH and options.s_init is None and scale * update_norm <= HARDLY * size:
         yield (
             "start",
-            f"the scale{of} has not left its start in {steps:.0f} steps: to go along the updates so far does not lower "
-            "the loss. Is the sign of the loss right, is each batch a fair sample?"
+            f"the scale{of} has not left its start in {steps:.0f} steps, or is back there: to go along the updates so far "
+            "does not lower the loss. Is the sign of the loss right, is each batch a fair sample?"
             + (' (variant="paper" needs a base lr of 1 or more.)' if options.variant == "paper" else ""),
         )
     elif steps >= ENOUGH and away > FAR * size:
