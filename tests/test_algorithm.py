@@ -449,6 +449,16 @@ def test_what_decides_how_parameters_are_taken_together(change: Any, which: int)
     assert len(state_before) == 2
 
 
+def test_a_sparse_gradient_is_no_expanded_one() -> None:
+    """Both say that their strides are 0."""
+    p, found = nn.Parameter(torch.ones(2, 3)), []
+    for grad in (torch.ones(()).expand(2, 3), torch.ones(2, 3).to_sparse()):
+        p.grad = grad
+        assert p.grad.stride() == (0, 0)
+        found.append(signature([p], {}))
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize("other", [torch.ones(3), torch.ones(2, dtype=torch.bfloat16)], ids=str)
 def test_other_parameters_are_taken_otherwise(other: torch.Tensor) -> None:
     p, q, r = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
