@@ -179,7 +179,7 @@ def test_a_scale_that_comes_back_to_its_start_is_not_told(options: dict[str, Any
     assert told(mechanic, lambda t: None, 20) == []
     mechanic._looks = None
     found = told(mechanic, lambda t: None, 20)
-    assert len(found) == len(parameters) if options else 1
+    assert len(found) == (len(parameters) if options else 1)
     assert all(re.search("^the scale.* has not left its start in 110 steps, or is back there", text) for text in found)
 
 

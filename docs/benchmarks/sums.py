@@ -2,7 +2,7 @@
 
 ‖g‖² of 100 million elements, as one torch.dot in float32 and as a Mechanic measures it, against float64. Relative
 errors. (mechanic-pytorch adds up one torch.vdot per tensor.) Beside them the worst torch.dot over 64 Ki of these
-elements: how exact that is differs with the processor, and the eager sums are as exact as that, of any number of elements.
+elements: how exact that is differs with the processor; the eager sums are as exact as that, of any number of elements.
 """
 
 from __future__ import annotations

@@ -151,8 +151,8 @@ def _of_one(tuner: Tuner, options: Options, of: str, first: bool) -> Iterator[tu
     elif first and steps >= ENOUGH and options.s_init is None and scale * update_norm <= HARDLY * size:
         yield (
             "start",
-            f"the scale{of} has not left its start in {steps:.0f} steps, or is back there: to go along the updates so far "
-            "does not lower the loss. Is the sign of the loss right, is each batch a fair sample?"
+            f"the scale{of} has not left its start in {steps:.0f} steps, or is back there: to go along the updates so "
+            "far does not lower the loss. Is the sign of the loss right, is each batch a fair sample?"
             + (' (variant="paper" needs a base lr of 1 or more.)' if options.variant == "paper" else ""),
         )
     elif steps >= ENOUGH and away > FAR * size:
