@@ -332,10 +332,10 @@ def slot(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Slot:
     ids=str,
 )
 def test_the_sum_of_the_bits(x: torch.Tensor, words: torch.dtype) -> None:
-    delta_x = torch.tensor(3.0)
-    carried, bits = sweeps._checksums(delta_x, x)
-    assert carried is delta_x
+    row = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1)
+    weighted, bits = sweeps._checksums(x, row)
     assert torch.equal(bits, x.contiguous().view(-1).view(words).sum())
+    assert not torch.equal(weighted, sweeps._checksums(x, row.flip(0))[0])  # the order counts
 
 
 def test_what_counts_of_an_update() -> None:

@@ -176,6 +176,31 @@ def test_the_smallest_edit_of_one_element_is_seen_in_its_piece(
     torch.testing.assert_close(one.ref[shifted], wanted[shifted])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("apart", [1, 16, 256, 4096])
+def test_an_exchange_of_elements_that_never_moved_is_seen(
+    below: tuple[Kernels, torch.device], dtype: torch.dtype, apart: int
+) -> None:
+    """Where Δ is 0 only the places of the bits can tell. Powers of two, too, whose bits end in many zeros."""
+    k, device = below
+    torch.manual_seed(0)
+    for values in (torch.randn(9000), torch.arange(9000) // apart % 2 + 1.0):
+        one = a_slot(values, dtype, device, 0.5)
+        assert one.delta is not None
+        one.delta.zero_()
+        one.ref.copy_(one.param.detach())
+        motion = torch.tensor([0.5, 0.5, 1, 1], dtype=one.ref.dtype, device=device)
+        memory = Memory([one], k.piece)
+        k.measure([one], motion[0], memory)
+        k.move([one], motion, None, memory)
+        memory.known = True
+        with torch.no_grad():
+            one.param[[7, 7 + apart]] = one.param[[7 + apart, 7]]
+        assert not torch.equal(one.ref, one.param.to(one.ref.dtype))
+        k.measure([one], motion[0], memory)
+        assert torch.equal(one.ref, one.param.to(one.ref.dtype))
+
+
 def test_an_update_that_is_not_finite_stays_out_and_a_step_that_does_not_count_is_undone(
     below: tuple[Kernels, torch.device],
 ) -> None:

@@ -27,18 +27,18 @@ class Memory:
     """What the kernels keep between two sweeps over the same parameters, all of one dtype.
 
     `marks`, int64 [pieces, 2]: what ``Kernels.move()`` left of x, to tell an edit by: the bits of ⟨Δ,x⟩ in float64,
-    which sees an exchange of elements, and the sum of the bits of x, which sees a change in any one. The tensors stay
-    where they are: a CUDA graph may hold their addresses.
+    and the sum of the bits of x by their places, which sees a change in any one, and exchanges. The tensors stay where
+    they are: a CUDA graph may hold their addresses.
     """
 
     def __init__(self, slots: Sequence[Slot], piece: int) -> None:
-        tensors = column(slots, "ref")
-        numel = torch.tensor([t.numel() for t in tensors])
+        tensors, host = column(slots, "ref"), torch.device("cpu")  # whatever the default device is
+        numel = torch.tensor([t.numel() for t in tensors], device=host)
         pieces = (numel + piece - 1) // piece
         self._owner = torch.repeat_interleave(pieces)  # whose piece
-        begin = piece * (torch.arange(len(self._owner)) - (pieces.cumsum(0) - pieces)[self._owner])
+        begin = piece * (torch.arange(len(self._owner), device=host) - (pieces.cumsum(0) - pieces)[self._owner])
         x, ref = slots[0].param.element_size(), slots[0].ref.element_size()
-        sizes = torch.tensor([x, x, ref, ref])
+        sizes = torch.tensor([x, x, ref, ref], device=host)
         count = (numel[self._owner] - begin).clamp_max(piece)
         self._offsets = torch.cat([count[:, None], begin[:, None] * sizes], 1)
         self.pieces = len(self._owner)
@@ -66,8 +66,12 @@ class Memory:
             self._addresses = addresses
             self.aligned = not any(address % 16 for column in addresses for address in column)
             self._table = self._offsets.clone()
-            self._table[:, 1:] += torch.tensor(addresses).T[self._owner]
+            self._table[:, 1:] += torch.tensor(addresses, device=self._table.device).T[self._owner]
         return self._table
+
+    def elsewhere(self, slots: Sequence[Slot]) -> bool:
+        """Whether some x lies in other memory than when the table was made: the base has replaced it."""
+        return [t.data_ptr() for t in column(slots, "param")] != self._addresses[0]
 
 
 class Kernels(ABC):
@@ -112,7 +116,7 @@ class Native(Kernels):
         self._library = ctypes.CDLL(library)
 
     def measure(self, slots: Sequence[Slot], scale: Tensor, memory: Memory) -> Tensor:
-        sums = torch.empty(memory.pieces, 5, dtype=torch.float64)
+        sums = torch.empty(memory.pieces, 5, dtype=torch.float64, device=memory.marks.device)
         left = memory.marks if memory.known else None
         self._call("measure", slots, memory, memory.table(slots, with_grad=True), scale, left, sums)
         return sums

@@ -63,7 +63,10 @@ struct Piece {
     W* delta;
 };
 
-// By it an edit of x is told: what move left, and what measure finds.
+// By it an edit of x is told: what move left, and what measure finds. The bits count by their place, each an odd number
+// of times: so a change in any one is seen, and an exchange of two as well, where Δ is 0.
+inline uint32_t place(int64_t k) { return (uint32_t(k) * 0x9E3779B1u) >> 8 | 1; }
+
 struct Mark {
     double delta_x;
     uint64_t bits;
@@ -102,7 +105,7 @@ Mark measure(const Piece<X, W>& p, double* sums) {
             gg[j] += gk * gk;
             xx[j] += xk * xk;
             dd[j] += dk * dk;
-            b[j] += bits_of(x[k]);
+            b[j] += bits_of(x[k]) * place(k);
         });
         add_up(dg, delta_grad), add_up(dx, delta_x), add_up(gg, grad_sq), add_up(xx, x_sq), add_up(dd, delta_sq);
         add_up(b, bits);
@@ -150,7 +153,7 @@ Mark move(const Piece<X, W>& p, const Motion<W> by, bool counts) {
             delta[k] = d;
             x[k] = moved;
             dx[j] += d * wide(moved);
-            b[j] += bits_of(moved);
+            b[j] += bits_of(moved) * place(k);
         });
         add_up(dx, delta_x), add_up(b, bits);
     }

@@ -9,6 +9,7 @@ kernels for them (kernels.py), dense parameters go there, all of one kind at onc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 
 from manic.kernels import Kernels, Memory, discard_eagerly
-from manic.storage import Layout, Slot, column, local
+from manic.storage import Layout, Slot, column, local, wide
 from manic.tuner import Sums
 
 end_to_end: Any = torch._utils._flatten_dense_tensors
@@ -32,8 +33,9 @@ PACKED = PIECE // 2  # elements of such a piece: with those of the piece before 
 
 Key = tuple[int, torch.device, torch.dtype]  # which learned scale; where, and in which dtype, the sums are
 
-# What the last move left of x, by the parameters' identity and order. Of eager pieces: <Δ,x>, which sees an exchange of
-# elements, and the sum of the bits, which sees a change in any one; 0-d each; on the CPU only. And what kernels keep.
+# What the last move left of x, by the parameters' identity and order. Of eager pieces: <weights,x>, which sees an
+# exchange of elements, and the sum of the bits, which sees a change in any one; 0-d each; on the CPU only. And what
+# kernels keep.
 Identity = tuple[int, ...]
 Carried = dict[Identity, Memory | dict[Key, list[Tensor]]]
 
@@ -148,16 +150,15 @@ def _measure(run: Run, scale: Tensor, seen: list[Tensor]) -> list[Tensor]:
     values: list[Tensor] = []
     zero, dtype = scale.new_zeros(()), scale.dtype
     for stored, g, ref, delta, _ in run.pieces:
-        x = stored.to(dtype)
-        d = _recomputed(x, ref, scale) if delta is None else delta
+        wide_x = stored.to(dtype)
+        x, d = _row(wide_x), _row(_recomputed(wide_x, ref, scale) if delta is None else delta)
         delta_grad = grad_sq = zero
         if g is not None:
-            g = g.to(dtype)
-            delta_grad, grad_sq = _dot(d, g), _dot(g, g)
-        delta_x = _dot(d, x)
-        values += (delta_grad, delta_x, grad_sq, _dot(x, x), _dot(d, d))
+            g = _row(g.to(dtype))
+            delta_grad, grad_sq = torch.dot(d, g), torch.dot(g, g)
+        values += (delta_grad, torch.dot(d, x), grad_sq, torch.dot(x, x), torch.dot(d, d))
         if delta is not None:
-            seen += _checksums(delta_x, stored)
+            seen += _checksums(stored, x)
     return values
 
 
@@ -168,20 +169,26 @@ def _measure_rows(slot: Slot, scale: Tensor) -> Tensor:
     delta = slot.delta[rows] if slot.delta is not None else _recomputed(slot.param[rows], slot.ref[rows], scale)
     sums = delta.new_zeros(1, 5, dtype=torch.float64)
     for g, d in _pieces(grad.values(), delta):
-        g = g.to(d.dtype)
-        sums[0, 0] += _dot(d, g)
-        sums[0, GRAD_SQ] += _dot(g, g)
+        g, d = _row(g.to(d.dtype)), _row(d)
+        sums[0, 0] += torch.dot(d, g)
+        sums[0, GRAD_SQ] += torch.dot(g, g)
     return sums
 
 
-def _checksums(delta_x: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """<Δ,x>, and the sum of x's bits, int64; nothing where comparing would stall a device."""
+def _checksums(x: Tensor, row: Tensor) -> tuple[Tensor, ...]:
+    """<weights,x>, and the sum of x's bits, int64; nothing where comparing would stall a device. `row`: x again."""
     if x.device.type != "cpu":
         return ()
     size = x.element_size()
     even = x.dim() == 1 and x.is_contiguous() and x.numel() * size % 8 == x.storage_offset() * size % 8 == 0
     words = torch.int64 if even else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    return delta_x, x.view(words).sum()
+    return torch.dot(row, _weights(row.dtype)[: len(row)]), x.view(words).sum()
+
+
+@lru_cache
+def _weights(dtype: torch.dtype) -> Tensor:
+    """As many as a piece has elements, no two alike."""
+    return torch.randn(PIECE, generator=torch.Generator("cpu").manual_seed(0), dtype=dtype, device="cpu")
 
 
 def _as_left(slots: Sequence[Slot], seen: dict[Key, list[Tensor]], carried: Carried) -> bool:
@@ -223,14 +230,16 @@ def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried
         [k], ‖u_t‖² over the parameters whose Δ is recomputed; and what the next ``measure()`` is to find.
     """
     carries: Carried = {}
+    eager = [group.slots for group in groups if group.kernels is None]
     for group in groups:
         if group.kernels is not None:
-            memory = _memory(group, carried)
-            by = _as_wanted(motion, group.slots[0])
-            group.kernels.move(group.slots, by, _counts(counts, group.slots[0]), memory)
-            memory.known = True
-            carries[group.identity] = memory
-    eager = [group.slots for group in groups if group.kernels is None]
+            memory = carries[group.identity] = _memory(group, carried)
+            memory.known = not memory.elsewhere(group.slots) or _in_order(group.slots)
+            if memory.known:
+                by = _as_wanted(motion, group.slots[0])
+                group.kernels.move(group.slots, by, _counts(counts, group.slots[0]), memory)
+            else:
+                eager += [[slot] for slot in group.slots]
     update_sq, left = _move_eagerly(eager, motion, counts)
     carries[_identity([slot for slots in eager for slot in slots])] = left
     return update_sq, carries
@@ -282,7 +291,7 @@ def _move(run: Run, motion: Tensor, counts: Tensor | None, left: list[Tensor]) -
         run.put("ref", ref, ref)
         run.put("delta", delta, delta)
         if new.device.type == "cpu":
-            left += _checksums(_dot(delta, new.to(ref.dtype)), new)
+            left += _checksums(new, _row(new.to(ref.dtype)))
 
 
 def _move_recomputed(run: Run, motion: Tensor, counts: Tensor | None) -> Tensor:
@@ -295,7 +304,7 @@ def _move_recomputed(run: Run, motion: Tensor, counts: Tensor | None) -> Tensor:
         ref.addcmul_(delta, there * (1 - fade))
         new = torch.addcmul(ref, delta.mul_(fade), there)
         x.copy_(new if counts is None else torch.where(counts | (here != there), new, before))
-        update_sq += _dot(update, update)
+        update_sq += torch.dot(_row(update), _row(update))
     return update_sq
 
 
@@ -330,8 +339,10 @@ def _recomputed(x: Tensor, ref: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale > 0, (x - ref) / scale, 0)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a, b) if a.dim() == 1 else torch.dot(a.reshape(-1), b.reshape(-1))
+def _row(t: Tensor) -> Tensor:
+    """In one dimension, and where no sum of it depends on the address: a resumed process may have it elsewhere."""
+    row = t if t.dim() == 1 else t.reshape(-1)
+    return row if row.data_ptr() % 64 == 0 else row.clone()
 
 
 def grouped(slots: Sequence[Slot], kernels: Callable[[torch.device], Kernels | None] = lambda _: None) -> list[Group]:
@@ -352,7 +363,8 @@ def grouped(slots: Sequence[Slot], kernels: Callable[[torch.device], Kernels | N
         if device not in able:
             able[device] = kernels(device)
         here = able[device]
-        if here is not None and dtype in here.dtypes and _alike(param, grad, ref, delta):
+        known = ref.dtype == delta.dtype == wide(dtype)
+        if here is not None and dtype in here.dtypes and known and _alike(param, grad, ref, delta):
             fast.setdefault(kind, []).append(slot)
         elif numel > SMALL or numel == 0:  # torch 2.6 cannot take empty tensors apart
             alone.append([slot])
@@ -364,12 +376,17 @@ def grouped(slots: Sequence[Slot], kernels: Callable[[torch.device], Kernels | N
             group.append(slot)
             unfilled[kind] = group, room - numel
     return [Group(group, _numel(group)) for group in alone + small] + [
-        Group(group, _numel(group), able[kind[4]], _identity(group)) for kind, group in fast.items()
+        Group(group, _numel(group), able[kind[4]], (*_identity(group), *_sizes(group))) for kind, group in fast.items()
     ]
 
 
 def _numel(slots: Sequence[Slot]) -> int:
     return sum(ref.numel() for ref in column(slots, "ref"))
+
+
+def _sizes(slots: Sequence[Slot]) -> Identity:
+    """What the tables of kernels are made of."""
+    return *(ref.numel() for ref in column(slots, "ref")), slots[0].param.element_size(), slots[0].ref.element_size()
 
 
 def _alike(x: Tensor, g: Tensor, ref: Tensor, delta: Tensor) -> bool:
@@ -387,7 +404,8 @@ def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
 
     Args:
         groups: as ``grouped()`` puts them together.
-        wanted: what is needed of them beside x: "grad" (None, where it is sparse), "ref", "delta".
+        wanted: what is needed of them beside x: "grad" (None, where it is sparse), "ref", "delta". (A tensor that is
+            not packed with others comes with all but "grad" in any case.)
     """
     for group in groups:
         slot = group[0]
@@ -398,6 +416,12 @@ def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
         else:
             grad = slot.grad if "grad" in wanted and slot.grad is not None and not slot.grad.is_sparse else None
             yield Run(group, list(_pieces(slot.param, grad, slot.ref, slot.delta, slot.x)))
+
+
+def _in_order(slots: Sequence[Slot]) -> bool:
+    """Whether x still lies as x_ref and Δ do, and kernels can take it."""
+    columns = [column(slots, name) for name in ("param", "ref", "delta")]
+    return all(_alike(x, x, ref, delta) for x, ref, delta in zip(*columns, strict=True))
 
 
 def _identity(slots: Sequence[Slot]) -> Identity:
