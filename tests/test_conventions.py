@@ -180,8 +180,10 @@ def test_param_groups_that_torch_refuses(problem: Problem) -> None:
         with pytest.raises(error):
             mechanic.add_param_group(group)
         assert same(mechanic.state_dict(), before)
-    with pytest.warns(UserWarning, match="duplicate parameters"):
-        Mechanic(SGD([second, second], lr=0.1))
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # which "will cause an error" one day
+        twice = SGD([second, second], lr=0.1)
+    with pytest.raises(ValueError, match="a param group has a parameter twice"):
+        Mechanic(twice)
 
 
 def test_the_lr_and_weight_decay_of_a_group_are_its_own(problem: Problem) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +13,10 @@ import torch
 from conftest import Problem, flat
 from resuming import same
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, Rprop
+from torch.optim import lr_scheduler as schedulers
 
-from manic import Mechanic
+from manic import Mechanic, mechanic
 
 
 def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None:
@@ -19,6 +24,343 @@ def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None
     for _ in range(steps):
         p.grad = p.detach() - target
         m.step()
+
+
+# ---------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_ctrl_c_waits_until_the_parameters_are_whole(
+    calls: int, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the base has stepped x is x + u. One Ctrl-C waits; whoever insists is heard at once."""
+    parameters, twins = problem.parameters(), problem.parameters()
+    m, twin = Mechanic(AdamW(parameters, lr=1e-4)), Mechanic(AdamW(twins, lr=1e-4))
+    for some, one in ((parameters, m), (twins, twin)):
+        problem.train(some, one, 5)
+    real = mechanic.move
+
+    def interrupted(*arguments: Any) -> Any:
+        for _ in range(calls):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(mechanic, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        problem.train(parameters, m, range(5, 6))
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    problem.train(twins, twin, range(5, 6))
+    assert torch.equal(flat(parameters), flat(twins)) == (calls == 1)
+    if calls == 1:
+        assert same(m.state_dict(), twin.state_dict())
+
+
+def test_an_interrupt_does_not_leave_the_lr_lent(problem: Problem) -> None:
+    """One that comes when the first of two groups has its lent lr."""
+
+    class Interrupting(float):
+        def __truediv__(self, other: float) -> float:
+            raise KeyboardInterrupt
+
+    parameters = problem.parameters()
+    base = SGD([{"params": [p]} for p in parameters], lr=0.01)
+    m = Mechanic(base)
+    base.param_groups[1]["lr"] = Interrupting(0.01)
+    with pytest.raises(KeyboardInterrupt):
+        m._step_base(None)
+    assert [group["lr"] for group in base.param_groups] == [0.01, 0.01]
+    assert not m._stepping
+
+
+@pytest.mark.parametrize(
+    "ask", ["state_dict", "metrics", "effective_lr", lambda m: m.load_state_dict({}), lambda m: m.freeze()]
+)
+def test_in_the_middle_of_a_step_nobody_is_told_the_lent_lr(ask: Any) -> None:
+    """A hook that saved there wrote a checkpoint whose lr was a thousand times too large."""
+    p = nn.Parameter(torch.ones(5))
+    base = SGD([p], lr=1e-3)
+    m = Mechanic(base)
+    pulled(p, m, 5)
+    handle = base.register_step_post_hook(lambda *_: ask(m) if callable(ask) else getattr(m, ask)())
+    x, lr = p.detach().clone(), m.effective_lr()
+    with pytest.raises(RuntimeError, match="in the middle of a step"):
+        pulled(p, m)
+    handle.remove()
+    torch.testing.assert_close(p.detach(), x)
+    assert m.effective_lr() == lr
+    m.register_step_post_hook(lambda *_: m.state_dict())
+    pulled(p, m, 3)
+
+
+@pytest.mark.parametrize("when", ["skipped", "raised"])
+def test_a_first_step_that_came_to_nothing_is_a_first_step(when: str) -> None:
+    """What a rehearsal (of torch.distributed.checkpoint) leaves after a step that was skipped goes; what a step has
+    left whose scheduler raised stays."""
+    ends = []
+    for disturbed in (False, True):
+        p = nn.Parameter(torch.ones(6))
+        base = AdamW([p], lr=0.1)
+        wrong = [when == "raised" and disturbed]
+
+        def factor(t: int, wrong: list[bool] = wrong) -> float:
+            if wrong[0] and t == 1:
+                raise RuntimeError("not yet")
+            return 1.0
+
+        m = Mechanic(base, schedulers.LambdaLR(base, factor))
+        if when == "skipped":
+            p.grad = torch.full_like(p, torch.nan)
+            m.step()
+            if disturbed:  # as get_state_dict does
+                p.grad, base.param_groups[0]["lr"] = torch.zeros_like(p), 0.0
+                m.step(closure=None)
+                base.param_groups[0]["lr"] = 0.1
+                assert m.state[p]
+        elif disturbed:
+            with pytest.raises(RuntimeError, match="not yet"):
+                pulled(p, m)
+            wrong[0] = False
+            pulled(p, m, 9)
+        pulled(p, m, 10 - (when == "raised" and disturbed) * 10)
+        ends.append([p.detach().clone(), m.state[p]["step"], m._read("ref_sq")])
+    assert same(*ends)
+
+
+# ---------------------------------------------------------------------- bases
+
+
+class Counting(Optimizer):
+    """Keeps state that is no parameter's, as MADGRAD does."""
+
+    def __init__(self, params: Any, lr: float, at_once: bool = False) -> None:
+        super().__init__(params, {"lr": lr})
+        if at_once:
+            self.state["k"] = torch.zeros(2)  # type: ignore[index]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["k"] = self.state.get("k", torch.zeros(2)) + 1  # type: ignore[index,call-overload]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["n"] = self.state[p].get("n", 0) + 1
+                p.sub_(p.grad.sign(), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_state_that_is_no_parameters(at_once: bool) -> None:
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    m, other = (Mechanic(Counting([x], 1e-4, at_once)) for x in (p, q))
+    pulled(p, m, 20)
+    other.load_state_dict(copy.deepcopy(m.state_dict()))
+    q.data.copy_(p)
+    for x, one in ((p, m), (q, other)):
+        pulled(x, one, 5)
+    assert torch.equal(p, q)
+    m.freeze()
+    assert set(m.state[p]) == {"n"}
+    before = p.detach().clone()
+    pulled(p, m)
+    assert (p - before).abs().max() < 2 * m.effective_lr()[0]
+    pulled(q, other.unwrap())
+    assert torch.allclose(p, q, atol=1e-7)
+
+
+class SharpnessAware(Optimizer):
+    """Foret et al. 2021, as github.com/davda54/sam is used: the closure is for the place to which it has moved."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.inner = SGD(self.param_groups, lr=lr)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        moves = [0.05 * p.grad / p.grad.norm() for group in self.param_groups for p in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            torch._foreach_add_(params, moves)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        with torch.no_grad():
+            torch._foreach_sub_(params, moves)
+        self.inner.param_groups = self.param_groups
+        self.inner.step()
+
+
+def test_a_base_that_moves_before_it_asks_its_closure_gets_an_answer_from_there(problem: Problem) -> None:
+    parameters = problem.parameters()
+    m = Mechanic(SharpnessAware(parameters, lr=0.1))
+    seen = []
+
+    def closure() -> Any:
+        m.zero_grad()
+        seen.append(flat(parameters).detach().clone())
+        loss = problem.loss(parameters, 0)
+        loss.backward()
+        return loss
+
+    first = float(closure().detach())
+    seen.clear()
+    for _ in range(60):
+        m.step(closure)
+    assert len(seen) == 120
+    assert (seen[1] - seen[0]).norm() > 0.01
+    assert float(closure().detach()) < 0.5 * first
+
+
+def test_a_frozen_base_whose_updates_do_not_go_by_its_lr_is_told(problem: Problem) -> None:
+    parameters = problem.parameters()
+    m = Mechanic(Rprop(parameters, lr=0.01))
+    problem.train(parameters, m, 10)
+    with pytest.warns(UserWarning, match="Rprop is not proportional to its lr, which now carries the frozen scale"):
+        m.freeze()
+
+
+def test_bfloat16_beside_float16() -> None:
+    parameters = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)]
+    m = Mechanic(SGD(parameters, lr=1e-2))
+    for _ in range(5):
+        for p in parameters:
+            p.grad = p.detach() - 3
+        m.step()
+    assert all(p.isfinite().all() for p in parameters)
+
+
+def test_a_parameter_twice_in_a_group_is_refused() -> None:
+    p = nn.Parameter(torch.ones(4))
+    with pytest.warns(UserWarning, match="duplicate"):
+        base = SGD([p, p], lr=0.1)
+    with pytest.raises(ValueError, match="a param group has a parameter twice"):
+        Mechanic(base)
+    m = Mechanic(SGD([nn.Parameter(torch.ones(4))], lr=0.1))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="has a parameter twice"):
+        m.add_param_group({"params": [p, p]})
+    assert len(m.param_groups) == 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_group_that_is_taken_out(frozen: bool) -> None:
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    base = Adam([{"params": [p]}, {"params": [q]}], lr=0.1)
+    m = Mechanic(base)
+    for t in range(8):
+        if t == 4:
+            del base.param_groups[1]
+            if frozen:
+                m.freeze()
+        q.grad = q.detach() - 3
+        pulled(p, m)
+    assert base.param_groups[0]["lr"] == 0.1
+    assert m.effective_lr()[0] > 0
+
+
+def test_a_constructor_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(2))
+    base = SGD([p], lr=0.1)
+    before = dict(base.param_groups[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Mechanic, "_settle", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Mechanic(base)
+    assert base.param_groups[0].keys() == before.keys()
+    assert not base._optimizer_step_pre_hooks
+    pulled(p, Mechanic(base), 3)  # of whose steps nobody is warned
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_another_implementation_of_the_base_loads_as_in_torch(options: dict[str, Any], wrapped: bool) -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    m = Mechanic(AdamW([p], lr=0.1)) if wrapped else AdamW([p], lr=0.1)
+    pulled(p, m, 3)
+    other = Mechanic(AdamW([q], lr=0.1, **options))
+    if wrapped:
+        other.load_state_dict(m.state_dict())
+    else:
+        with pytest.warns(UserWarning, match="nothing of a Mechanic"):
+            other.load_state_dict(m.state_dict())
+    assert other.param_groups[0][next(iter(options))] is None
+
+
+@pytest.mark.parametrize("parts", [("ExponentialLR", "StepLR"), ("CosineAnnealingLR", "LinearLR")], ids=str)
+def test_a_scheduler_that_is_made_of_others_is_not_half_loaded(parts: tuple[str, str]) -> None:
+    def build(names: tuple[str, str]) -> tuple[nn.Parameter, Mechanic]:
+        p = nn.Parameter(torch.ones(3))
+        base = SGD([p], lr=0.1)
+        makes: dict[str, Callable[[], Any]] = {
+            "LinearLR": lambda: schedulers.LinearLR(base, total_iters=4),
+            "CosineAnnealingLR": lambda: schedulers.CosineAnnealingLR(base, T_max=30),
+            "ExponentialLR": lambda: schedulers.ExponentialLR(base, 0.9),
+            "StepLR": lambda: schedulers.StepLR(base, 5),
+        }
+        made = schedulers.SequentialLR(base, [makes[name]() for name in names], milestones=[4])
+        return p, Mechanic(base, made)
+
+    p, m = build(("LinearLR", "CosineAnnealingLR"))
+    pulled(p, m, 6)
+    _, other = build(parts)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"with the scheduler SequentialLR\(LinearLR, CosineAnnealingLR\), this Mech"):
+        other.load_state_dict(m.state_dict())
+    assert same(other.state_dict(), before)
+
+
+def test_a_function_in_a_schedule_that_counts_its_calls() -> None:
+    class Falling:
+        n = 0
+
+        def __call__(self, epoch: int) -> float:
+            self.n += 1
+            return 1 / (1 + self.n)
+
+    def build() -> tuple[nn.Parameter, Mechanic]:
+        p = nn.Parameter(torch.ones(6))
+        base = SGD([p], lr=0.1)
+        return p, Mechanic(base, schedulers.LambdaLR(base, Falling()))
+
+    (p, m), (q, other) = build(), build()
+    pulled(p, m, 5)
+    other.load_state_dict(copy.deepcopy(m.state_dict()))
+    q.data.copy_(p)
+    for x, one in ((p, m), (q, other)):
+        pulled(x, one, 5)
+    assert torch.equal(p, q)
+    assert same(m.state_dict(), other.state_dict())
+
+
+def test_a_small_parameter_beside_a_large_one_is_missed() -> None:
+    parameters = [nn.Parameter(torch.ones(n)) for n in (3_000_000, 2)]
+    m = Mechanic(SGD(parameters, lr=0.1))
+    for p in parameters:
+        p.grad = p.detach().clone()
+    m.step()
+    state = m.state_dict()
+    del state["state"][1]
+    with pytest.raises(ValueError, match="no 'mechanic_ref' for 2 of the 3000002 elements"):
+        m.load_state_dict(state)
+
+
+def test_a_mechanics_checkpoint_loaded_into_the_optimizer_inside_is_told() -> None:
+    """Its moments were thrown away in the next step, without a word."""
+    p = nn.Parameter(torch.ones(6))
+    m = Mechanic(RMSprop([p], lr=0.1))
+    pulled(p, m, 5)
+    state = copy.deepcopy(m.state_dict())
+    m.base_optimizer.load_state_dict(state)
+    before = p.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"was loaded into the RMSprop inside.*load_state_dict\(\) of the M"):
+            pulled(p, m)
+    assert torch.equal(p, before)
+    m.load_state_dict(state)
+    twin = copy.deepcopy((p, m))
+    for some in (twin, (p, m)):
+        pulled(*some, 3)
+    assert torch.equal(p, twin[0])
 
 
 # ---------------------------------------------------------------------- memory

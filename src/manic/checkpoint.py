@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from manic.fit import FORMAT, SHAPED, TUNER, WRONG, Record, by_id, by_number, check
 from manic.reduction import anywhere
-from manic.schedules import differences, parts
+from manic.schedules import differences, name_of, parts
 from manic.storage import DELTA, REF, wide
 from manic.tuner import Options, Tuner
 
@@ -36,17 +36,19 @@ def record(mechanic: Mechanic) -> None:
     In tuples, which DCP stores whole: it takes dicts apart, and turns their keys into strings (MultiStepLR's are ints).
     """
     scheduler = mechanic.scheduler
+    options = {
+        "format": FORMAT,
+        "base": type(mechanic.base_optimizer).__name__,
+        "scheduler": None if scheduler is None else name_of(scheduler),
+        "unit": mechanic._unit,
+        "lazy": mechanic._lazy,
+        "frozen": mechanic._frozen,
+        **dataclasses.asdict(mechanic._options),
+    }
+    if mechanic._record != (options,):  # else it is the same object still, by which our groups are known
+        mechanic._record = (options,)
     for group in mechanic.param_groups:
-        options = {
-            "format": FORMAT,
-            "base": type(mechanic.base_optimizer).__name__,
-            "scheduler": None if scheduler is None else type(scheduler).__name__,
-            "unit": mechanic._unit,
-            "lazy": mechanic._lazy,
-            "frozen": mechanic._frozen,
-            **dataclasses.asdict(mechanic._options),
-        }
-        group["mechanic_options"] = (options,)
+        group["mechanic_options"] = mechanic._record
         if scheduler is not None:
             group["mechanic_scheduler"] = (copy.deepcopy(scheduler.state_dict()),)
 
@@ -138,6 +140,7 @@ def _load(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     if mechanic.scheduler is not None and saved.schedule is not None:
         mechanic.scheduler.load_state_dict(copy.deepcopy(saved.schedule))
         _try_schedule(mechanic.scheduler)
+        mechanic.scheduler.load_state_dict(copy.deepcopy(saved.schedule))  # a function may count its calls
     mechanic._settle()
 
 
@@ -210,3 +213,4 @@ def _load_tuner(mechanic: Mechanic, state_dict: dict[str, Any], live: Mapping[Te
     first = state_dict["param_groups"][0]
     skipped = Tuner.unpack(first["mechanic_state"], len(mechanic._options.betas)).skipped
     mechanic._calls = int(first["mechanic_step"]) + int(skipped)
+    mechanic._fresh = int(first["mechanic_step"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.schedules import IN_A_GROUP, PER_GROUP
+from manic.schedules import IN_A_GROUP, PER_GROUP, name_of
 from manic.storage import DELTA, REF, layout_of, local, shards
 from manic.tuner import Options, Tuner
 
@@ -36,7 +37,7 @@ class Record(NamedTuple):
     """What a checkpoint says of its Mechanic: see ``manic.checkpoint.record()``."""
 
     base: str  # name of the base's class
-    scheduler: str | None  # of the inner scheduler's
+    scheduler: str | None  # of the inner scheduler's, and of those that it is made of
     schedule: dict[str, Any] | None  # its state
     unit: float  # the base lr that is divided out
     lazy: bool  # the base creates its state in its first step
@@ -90,6 +91,7 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
     sizes = [len(group["params"]) for group in saved], [len(group["params"]) for group in live]
     if len(sizes[0]) != len(sizes[1]):
         raise ValueError(f"the checkpoint has {len(sizes[0])} param groups, the optimizer has {len(sizes[1])}")
+    constructor = inspect.signature(type(mechanic.base_optimizer).__init__).parameters
     ids = [key for group in saved for key in group["params"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"the param groups of the checkpoint have a parameter twice: {ids}")
@@ -106,7 +108,8 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
         own = {name for name in live[i] if name.startswith("mechanic_")}
         for name in saved[i].keys() & live[i].keys() - own - {"params"}:
             value, here = saved[i][name], live[i][name]
-            unset = value is None and mechanic.defaults.get(name) is None and name not in IN_A_GROUP
+            optional = mechanic.defaults.get(name) is None or getattr(constructor.get(name), "default", 0) is None
+            unset = value is None and optional and name not in IN_A_GROUP
             endless = name in IN_A_GROUP and _is_number(value) and not math.isfinite(value)
             if not unset and (endless or not _alike(value, here)):
                 raise ValueError(f"{name} of param group {i} is {value!r} in the checkpoint, {here!r} here")
@@ -206,10 +209,9 @@ def _check_record(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
         raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {ours}")
     if scheduler is None or saved.schedule is None:
         return saved
-    if saved.scheduler != type(scheduler).__name__:
+    if saved.scheduler != name_of(scheduler):
         raise ValueError(
-            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
-            f"{type(scheduler).__name__}"
+            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has {name_of(scheduler)}"
         )
     _check_schedule(saved.schedule, scheduler.state_dict(), type(scheduler).__name__)
     return saved
@@ -281,7 +283,7 @@ def _check_whole(
         known = [key for key in keys if REF in stepped.get(key, {})]
         frozen = [key for key in keys if key not in known and not params[key].requires_grad]  # DCP leaves them out
         numel = sum(params[key].numel() for key in known + frozen)
-        if numel < float(count) * (1 - 1e-6):
+        if numel < float(count) * (1 if count.dtype == torch.float64 else 1 - 1e-6):
             raise ValueError(
                 f"the checkpoint is of step {int(groups[0]['mechanic_step'])}, but has no {REF!r} for "
                 f"{float(count) - numel:.0f} of the {float(count):.0f} elements that had a gradient then. "

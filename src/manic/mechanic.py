@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,9 +148,16 @@ class Mechanic(Optimizer):
         self._looks: tuple[Look, Look] | None = None  # of metrics(): the first with the lrs of the last, and the last
         self._left: tuple[Any, list[Any]] | None = None  # where our own last step left scheduler and lrs
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
-        self._lazy = not any(base_optimizer.state.values())
+        self._lazy = not self._begun()
+        self._record: tuple[dict[str, Any], ...] = ()  # what our groups say of us, in all of them the same object
+        try:
+            self._start_afresh()
+        except BaseException:
+            for group in base_optimizer.param_groups:
+                for key in [key for key in group if key.startswith("mechanic_")]:
+                    del group[key]
+            raise
         self._watch_base()
-        self._start_afresh()
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -168,14 +177,14 @@ class Mechanic(Optimizer):
         Returns:
             the closure's loss, or None.
         """
-        loss, closure = _evaluate(closure)
+        loss, closure = _evaluate(closure, self._params())
         self._adopt()
         if self._rehearse(closure):
             return loss
         if self._frozen:
             self._step_frozen(closure)
             return loss
-        if self._calls == 0:
+        if self._fresh:
             self._forget_rehearsal()
         _, taking, active, idle = self._take()
         before = self._read("scale")  # S_t
@@ -185,11 +194,13 @@ class Mechanic(Optimizer):
             self._commit([old._replace(skipped=old.skipped + 1) for old in self._tuners()], ok)
         else:
             motion, counts = _verdict(self._tuners(), tuners, ok)
-            self._propose(active, closure, before, counts)  # x_t + u_t
-            update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
-            hold(idle, before, motion[:, 1])
-            self._store(taking)
-            self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
+            with _Uninterrupted():
+                self._propose(active, closure, before, counts)  # x_t + u_t
+                update_sq = self._move(active, motion, counts)  # Δ takes in u_t, x = x_ref + S_{t+1}·Δ
+                hold(idle, before, motion[:, 1])
+                self._store(taking)
+                self._fresh &= not taking
+                self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
             self._step_schedule()
         self._log()
         return loss
@@ -203,7 +214,7 @@ class Mechanic(Optimizer):
         a checkpoint to be loaded over them. Returns whether this step was one. It looks at values only while every lr
         is 0.
         """
-        if closure is not None or any(self.state.values()):
+        if closure is not None or self._begun():
             return False
         lrs = [torch.as_tensor(group.get("lr", 1)) for group in self.param_groups]
         if not all(_on_host(lr) and float(lr) == 0 for lr in lrs):
@@ -228,7 +239,7 @@ class Mechanic(Optimizer):
     @torch.no_grad()
     def _rehearsed(self) -> dict[str, Any]:
         """The state dict as it will be after the first step: what DCP is to store, or load. Nothing stays of it."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params()
         before, grads = [dict(group) for group in self.param_groups], [p.grad for p in params]
         try:
             for p in params:
@@ -251,7 +262,7 @@ class Mechanic(Optimizer):
     @disable_dynamo
     def _forget_rehearsal(self) -> None:
         """Sweep away what a rehearsal, or a checkpoint of one, left in the state: the first real step begins."""
-        for p in [p for group in self.param_groups for p in group["params"] if REF in self.state.get(p, {})]:
+        for p in [p for p in self._params() if REF in self.state.get(p, {})]:
             if self._lazy:
                 del self.state[p]  # the base's own first step is still to come
             elif p.grad is not None:
@@ -261,8 +272,7 @@ class Mechanic(Optimizer):
     def _take(self) -> Plan:
         """What takes part in this step. Worked out anew only where something is not as it was in the last one."""
         options, groups = self._options, self.param_groups
-        params = [p for group in groups for p in group["params"]]
-        looks = signature(params, self.state)
+        looks = signature(self._params(), self.state)
         seen = looks and ([(len(group["params"]), group.get("maximize")) for group in groups], *looks)
         if self._plan is None or self._plan.seen is None or self._plan.seen != seen:
             every = list(slots(groups, self.state, store_delta=options.store_delta, per_group=options.per_group))
@@ -283,7 +293,7 @@ class Mechanic(Optimizer):
 
     def _layouts(self) -> list[Layout]:
         """How the parameters are spread over processes, alike on every rank: sharded ones first."""
-        found = dict.fromkeys(layout_of(p) for group in self.param_groups for p in group["params"])
+        found = dict.fromkeys(map(layout_of, self._params()))
         return sorted(found, key=shards, reverse=True) or [None]
 
     @disable_dynamo
@@ -359,8 +369,8 @@ class Mechanic(Optimizer):
             raise
 
     def _step_base(self, closure: Callable[[], Any] | None) -> None:
-        self._stepping = True  # not behind the wrapper's back
         try:
+            self._stepping = True  # not behind the wrapper's back
             with self._lent_lr():
                 self.base_optimizer.step() if closure is None else self.base_optimizer.step(closure)
         finally:
@@ -371,16 +381,16 @@ class Mechanic(Optimizer):
         """The base at lr / base lr: its schedule and the ratios of its groups stay, and the updates are large
         enough beside the parameters that x_t + u_t - x_t keeps the digits of u_t. Frozen: at lr × scale."""
         lent = []
-        for group, divisor in zip(self.param_groups, self._divisors, strict=True):
-            if "lr" in group and divisor != 1:
-                lr, group["lr"] = group["lr"], group["lr"] / divisor
-                lent.append((group, divisor, lr, group["lr"]))
         try:
+            for group, divisor in zip(self.param_groups, self._divisors, strict=True):
+                if "lr" in group and divisor != 1:
+                    lent.append((group, divisor, group["lr"], group["lr"] / divisor))
+                    group["lr"] = lent[-1][-1]
             yield
         finally:
             for group, divisor, lr, ours in lent:
                 # A base that sets its own lr has set the lent one.
-                group["lr"] = lr if group["lr"] is ours else group["lr"] * divisor
+                group["lr"] = lr if group["lr"] is ours or group["lr"] is lr else group["lr"] * divisor
 
     def _step_frozen(self, closure: Callable[[], Any] | None) -> None:
         """x_{t+1} = x_t + S·u_t, and nothing learned."""
@@ -398,19 +408,19 @@ class Mechanic(Optimizer):
     def _step_schedule(self) -> None:
         if self.scheduler is None:
             return
-        name, (epoch, lrs) = type(self.scheduler).__name__, self._schedule()
-        if self._left is not None and epoch != self._left[0]:
+        name, (epoch, lrs), left = type(self.scheduler).__name__, self._schedule(), self._left
+        self.scheduler.step()
+        self._left = self._schedule()
+        if left is not None and epoch != left[0]:
             self._tell(
                 f"{name} was stepped by somebody else as well: mechanic.step() steps it, so do not (a framework that "
                 "steps schedulers itself wants one that is built on the Mechanic, and none inside)"
             )
-        elif self._left is not None and lrs != self._left[1]:
+        elif left is not None and lrs != left[1]:
             self._tell(
                 f"the lr was set by somebody else, though {name} is inside and sets it in every step. If that is "
                 "another LR scheduler, leave one out (Trainer of Transformers builds one of its own)"
             )
-        self.scheduler.step()
-        self._left = self._schedule()
 
     def _schedule(self) -> tuple[Any, list[Any]]:
         """Where the scheduler inside stands, and the lr of every group; for a tensor, which may be on a device, what
@@ -473,8 +483,15 @@ class Mechanic(Optimizer):
         self._check_lrs()
         if self._calls > 0 and not any(self._look().scales):
             raise ValueError(f"no scale has been learned in {self._calls} step(s): train on, and freeze later")
+        if isinstance(self.base_optimizer, UNPROPORTIONAL):
+            self._tell(
+                f"the update of {type(self.base_optimizer).__name__} is not proportional to its lr, which now carries "
+                "the frozen scale: the steps will not be those that were taken so far",
+                "frozen",
+            )
         self._frozen = True
-        for p, values in list(self.state.items()):
+        for p in [p for p in self._params() if p in self.state]:
+            values = self.state[p]
             values.pop(REF, None), values.pop(DELTA, None)
             if not values:
                 del self.state[p]  # as the base would have it
@@ -588,6 +605,7 @@ class Mechanic(Optimizer):
 
     def _look(self) -> Look:
         """The run at this moment, on the host."""
+        self._refuse_in_a_step()
         self._adopt()
         return report.look_at(self.param_groups, self._options, self._unit or 1.0)
 
@@ -668,10 +686,11 @@ class Mechanic(Optimizer):
         ``torch.load(path, weights_only=True)`` and ``load_state_dict()``. A Mechanic is a ``Stateful`` of
         ``torch.distributed.checkpoint`` as well: ``dcp.save({"mechanic": mechanic})``, ``dcp.load`` likewise.
         """
+        self._refuse_in_a_step()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self._adopt()
-        fresh = not any(self.state.values()) and checkpoint.for_dcp()
+        fresh = not self._begun() and checkpoint.for_dcp()
         state_dict = self._rehearsed() if fresh else checkpoint.pack(self)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _or(post_hook(self, state_dict), state_dict)
@@ -690,6 +709,7 @@ class Mechanic(Optimizer):
                 parameters, shapes, shards, missing or foreign state, values that are not finite). Nothing has been
                 loaded then, and on every other process that shares the model ``load_state_dict`` raises as well.
         """
+        self._refuse_in_a_step()
         if not isinstance(state_dict, dict):
             raise ValueError(f"load_state_dict takes the dict that state_dict() returned, got {state_dict!r}")
         state_dict = state_dict.copy()
@@ -721,6 +741,21 @@ class Mechanic(Optimizer):
 
     # ------------------------------------------------------------------ set-up
 
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _begun(self) -> bool:
+        """Whether there is state of some parameter. (A base may keep state of its own beside it.)"""
+        return any(len(self.base_optimizer.state.get(p, ())) > 0 for p in self._params())
+
+    def _refuse_in_a_step(self) -> None:
+        if self._stepping:
+            raise RuntimeError(
+                "this was called in the middle of a step, by a hook on the optimizer inside, a closure or a signal "
+                "handler: parameters and lr are not those of a step's end. Use hooks of the Mechanic, or set a flag "
+                "and save after step()"
+            )
+
     def _start_afresh(self) -> None:
         """A tuner that has seen nothing, and the lr that it divides out, from the groups as they are."""
         self._take_unit()
@@ -728,10 +763,10 @@ class Mechanic(Optimizer):
             group.pop("mechanic_state", None)
             group.pop("mechanic_step", None)
         self._clothe(self.param_groups)
-        self._calls, self._frozen = 0, False
+        self._calls, self._frozen, self._fresh = 0, False, True  # fresh: no step has created x_ref and Δ
         self._settle()
         if not self._lazy:
-            for p in [p for p, values in self.state.items() if values]:
+            for p in [p for p in self._params() if self.state.get(p)]:
                 self._put(p, *entry(p, store_delta=self._options.store_delta))
 
     def _take_unit(self) -> None:
@@ -744,7 +779,8 @@ class Mechanic(Optimizer):
             self._unit = 1.0
             return
         lrs = [float(group.get("initial_lr", group["lr"])) for group in self.param_groups if "lr" in group]
-        coarse = any(p.dtype == torch.bfloat16 for group in self.param_groups for p in group["params"])
+        dtypes = {p.dtype for p in self._params()}
+        coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # which holds no such lr
         boosted = coarse and not isinstance(self.base_optimizer, UNPROPORTIONAL)
         self._unit = max(lrs, default=1.0) / (BOOST if boosted else 1.0)
 
@@ -761,6 +797,12 @@ class Mechanic(Optimizer):
     def _adopt(self) -> None:
         """Take in the groups that the wrapper does not know: added, or loaded behind its back."""
         bare = [group for group in self.param_groups if "mechanic_state" not in group]
+        ours = [group for group in self.param_groups if "mechanic_state" in group]
+        if any(group.get("mechanic_options") is not self._record for group in ours):
+            raise ValueError(
+                f"the checkpoint of a Mechanic was loaded into the {type(self.base_optimizer).__name__} inside, where "
+                "half of it has no effect: load it with load_state_dict() of the Mechanic"
+            )
         for group in bare:
             self._check_params(group["params"], self._options)
         if self._unit == 0:
@@ -777,19 +819,22 @@ class Mechanic(Optimizer):
                 raise ValueError("a frozen Mechanic learns no scale for a new param group: add it before freeze()")
             self._clothe(bare)
             self._settle()
+        elif len(self._divisors) != len(self.param_groups):  # a group was taken out
+            self._settle()
 
     def _settle(self) -> None:
         """What follows from options, unit and groups: the β on the device, the base's lr, the groups' own record."""
+        checkpoint.record(self)
         self._carried = {}  # what our own last step left of x: nothing, for these groups
         self._plan = None
         self._looks = None
         self._left = None
         self._betas = torch.tensor(self._options.betas, dtype=_precise(self._device), device=self._device)
         if self._frozen:
-            self._divisors = [1 / scale if scale > 0 else math.inf for scale in self._look().scales]
+            scales = report.look_at(self.param_groups, self._options, self._unit or 1.0).scales
+            self._divisors = [1 / scale if scale > 0 else math.inf for scale in scales]
         else:
             self._divisors = [self._unit or 1.0] * len(self.param_groups)
-        checkpoint.record(self)
 
     def _fresh_state(self) -> Tensor:
         size = Tuner.size(len(self._options.betas))
@@ -797,6 +842,11 @@ class Mechanic(Optimizer):
 
     @staticmethod
     def _check_params(params: list[Tensor], options: Options) -> None:
+        if len({id(p) for p in params}) < len(params):
+            raise ValueError(
+                "a param group has a parameter twice, which would be stepped twice: give each once, as parameters() of "
+                "the whole model does, with tied weights too"
+            )
         for p in params:
             if not options.store_delta and wide(p.dtype) != p.dtype:
                 raise ValueError(
@@ -855,14 +905,42 @@ def mechanic_in(optimizer: Any) -> Mechanic | None:
     return optimizer
 
 
-def _evaluate(closure: Callable[[], Any] | None) -> tuple[Any, Callable[[], Any] | None]:
-    """The loss, and a closure for the base whose first call returns that loss without computing it again."""
+def _evaluate(closure: Callable[[], Any] | None, params: list[Tensor]) -> tuple[Any, Callable[[], Any] | None]:
+    """The loss, and a closure for the base whose first call returns that loss without computing it again: unless the
+    base has moved the parameters before, or cleared their gradients (as sharpness-aware ones do)."""
     if closure is None:
         return None, None
     evaluate = torch.enable_grad()(closure)
+
+    def marks() -> list[tuple[int, int]]:
+        return [(p._version, id(p.grad)) for p in params]
+
     loss = evaluate()
-    first = [loss]
-    return loss, lambda: first.pop() if first else evaluate()
+    known = [marks()]
+    return loss, lambda: loss if known and known.pop() == marks() else evaluate()
+
+
+class _Uninterrupted:
+    """Ctrl-C waits for the end of what is inside, where the parameters are in between; a second one does not."""
+
+    def __enter__(self) -> None:
+        self.waiting: list[Any] = []
+        self.handler: Any = None
+        if threading.current_thread() is threading.main_thread():
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):
+                self.handler = handler
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, self.handler)
+        self.waiting.append((number, frame))
+
+    def __exit__(self, *_: object) -> None:
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+        for number, frame in self.waiting:
+            self.handler(number, frame)
 
 
 def _field(tuners: list[Tuner], name: str) -> Tensor:

@@ -20,6 +20,12 @@ def parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
         yield from parts(inner)
 
 
+def name_of(scheduler: LRScheduler) -> str:
+    """Its class, and the classes of those that it is made of: "SequentialLR(LinearLR, CosineAnnealingLR)"."""
+    inner = ", ".join(map(name_of, getattr(scheduler, "_schedulers", ())))
+    return type(scheduler).__name__ + (f"({inner})" if inner else "")
+
+
 def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], scales: Sequence[float]) -> None:
     """Multiply every lr of each param group, and those that the schedulers keep for it, with its scale.
 
