@@ -1,19 +1,20 @@
 """Mutation testing of the scalar half, the sweeps and the checkpoint: `nox -s mutants`.
 
 mutmut changes one thing at a time in a copy of the package, and some test must notice. What no test notices is printed
-and fails, unless it is explained below. It goes on where it was killed, and tries again what lived.
+and fails, unless it is explained below; so does an explanation of nothing.
 
     python tests/mutants.py out/mutants [tuner ...]
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -38,28 +39,49 @@ settings.register_profile("first", phases=[Phase.explicit, Phase.generate])
 settings.load_profile("first")
 """
 
-# Of what lives, name and diff: why. It does what the original does, or only what is not run here could tell.
+# Of what lives, name and diff: why. It does what the original does, or only what is not run here could tell. Each is of
+# one place in one function, so that it explains nothing that a test would notice. A dot stands for a line's end, too.
 EXPLAINED = {
-    r"-(.*), strict=\w+(\).*)\n\+\1, (strict=\w+)?\2$": "what is zipped is of one length already",
-    r'(?i)-( +f?".*")\n\+\1$': "the case of a message",
-    r'-( +f?")(.*)"\n\+\1XX\2XX"$': "the edges of a message",
-    r"\+.* torch\.where\(h <= 0, gain": "the gain and the loss are 0 there",
-    r"\+ +update\.nan_to_num_\(None, 0\.0, 0\.0\)": "which is 0",
-    r"x__move__.*\n.*\n\+.*(x\.dtype != ref\.dtype:|there, (out=None)?\))$": "a copy more, and the same x",
-    r"\+.*\.to\(((device=)?None(, )?)?((dtype|copy)=|torch\.float32, copy|\))": "here is one device; sums are wide",
-    r"\+ +return tensors if \(slots\[0\]\.layout is None\) and False else": "the same, one by one",
-    r"\+ +return torch\.dot\(a, b\) if \(a\.dim\(\) == 1\) and False else": "the same, with views of all of both",
-    r"first_state__.*\n.*\n\+.*range\(3\)": "a third step uses no other options than the second",
-    r'first_state__.*\n.*\n\+.*"__wrapped__", (None)?\)': "torch wraps every step",
-    r"load_tuner__.*\n- +continue\n\+ +break$": "there is no Δ without x_ref, so nothing comes after it",
-    r"load_base__.*\n.*\n\+.*(isinstance.* and False|XXstateXX|STATE)": "x_ref and Δ are replaced after it",
-    r"unpack__.*\n.*\n\+ +schedule = .* copy\.copy\(": "a load replaces what is in it, and changes nothing there",
-    r'unpack__(.*\n)*(.*anywhere\(|.*\n.*"the checkpoint does not fit on another)': "one process has no other ranks",
-    r"measure_rows__.*\n.*\n\+.*new_zeros\(2, 5": "another 0 in a sum",
-    r"\+ +group\.kernels\.discard\(group\.slots, counted, None\)": "only Triton's kernels use it: not run here",
-    r"\+.*(name\.r?partition\(|stacklevel|warn\(message, \)|_getframe\(2\))": "test_warnings_point_at_the_callers_line",
-    r'\+.*\.get\("__name__", "XXXX"\)': "a name like no other, either",
+    r"^manic\.(tuner\.x_tune|sweeps\.x__cut|schedules\.x_fold|fit\.x_by_id|checkpoint\.x__(try_schedule|load_tuner)"
+    r"|fit\.x_(_check_groups|read_record|_check_schedule|_check_whole))__.*"
+    r"\n-([^\n]*), strict=True(\)[^\n]*)\n\+\4, (strict=(None|False))?\5(\n|$)": "what is zipped is of one length",
+    r"^manic\.schedules\.x_(fold|differences)__.*\n-([^\n]*), strict=False(\)[^\n]*)\n\+\2, (strict=None)?\3(\n|$)": (
+        "which is the default"
+    ),
+    r"^manic\.tuner\.x__scale_free__.*\+ +scale = [^\n]* torch\.where\(h <= 0, gain": "both are 0 there",
+    r"^manic\.sweeps\.x__add__.*\.sum\(0\)\.to\(None\)": "the sums and the pieces are on one device here",
+    r"^manic\.sweeps\.x__anchor__.* x\.to\(None\) - delta \* scale": "x - S·Δ takes Δ's dtype, the wider",
+    r"^manic\.sweeps\.x__move_eagerly__.*\)\.to\(None\)": "+= keeps the dtype of the sum; one device",
+    r"^manic\.sweeps\.x__as_wanted__.*\.to\((device=None, )?dtype=slot": "all is on one device here",
+    r"^manic\.sweeps\.x__counts__.*\]\.to\(None\)": "all is on one device here",
+    r"^manic\.checkpoint\.x__load_base__.* value\.to\((device=None, )?copy=True\)": "all is on one device here",
+    r"^manic\.checkpoint\.x__load_tuner__.*\.to\((None, )?torch\.float32, copy=True\)": "all is on one device here",
+    r"^manic\.sweeps\.x__measure_rows__.*\.new_zeros\(2, 5": "another 0 in a sum",
+    r"^manic\.sweeps\.x__move__.*\n\+ +if x\.dtype != ref\.dtype:\n +new = ": "the same x, with a copy more or less",
+    r"^manic\.sweeps\.x__move__.*there, (out=None)?\)(\n|$)": "the same x, with a copy more",
+    r"^manic\.sweeps\.x__finite__.*\.nan_to_num_\(None, 0\.0, 0\.0\)": "which stands for 0",
+    r"^manic\.sweeps\.x_discard__.*\.discard\(group\.slots, counted, None\)": "for Triton, not run here",
+    r"^manic\.sweeps\.x__dot__.* if \(a\.dim\(\) == 1\) and False else": "the same, with views of all of both",
+    r"^manic\.fit\.x__first_state__.*range\(3\)": "a third step uses no other options than the second",
+    r'^manic\.fit\.x__first_state__.*"__wrapped__", (None)?\)': "torch wraps every step",
+    r"^manic\.checkpoint\.x__load_tuner__.*\n- +continue\n\+ +break": "without x_ref there is no Δ",
+    r"^manic\.checkpoint\.x_unpack__.* copy\.copy\(scheduler": "a load replaces what is in it, changing nothing",
+    r"^manic\.checkpoint\.x_unpack__.*anywhere\([^\n]* layouts, (None, mechanic\.|mechanic\.process_group, None)": (
+        "one process has no other ranks"
+    ),
+    r'(?i)^manic\.checkpoint\.x_unpack__.*\n- +"(the checkpoint does not [^\n"]*)"\n\+ +(None|"(XX)?\1(XX)?")\n': (
+        "one process has no other ranks"
+    ),
+    r"^manic\.checkpoint\.x_warn__.*\+ +callers = \[name\.(rpartition|partition\(\"XX|partition\(\"\.\"\)\[1\])": (
+        "test_warnings_point_at_the_callers_line"
+    ),
+    r"^manic\.checkpoint\.x_warn__.*\+ +warnings\.warn\(message, (\)|stacklevel=1 -|[^\n]* if name in INSIDE\))": (
+        "test_warnings_point_at_the_callers_line"
+    ),
+    r"^manic\.checkpoint\.x__callers__.*\._getframe\(2\)": "test_warnings_point_at_the_callers_line",
+    r'^manic\.checkpoint\.x__callers__.*\.get\("__name__", "XXXX"\)': "a name like no other, either",
 }
+NOTICED = (1, 3, -11)  # pytest's exit code: a test failed; pytest itself failed; a crash. (-9: somebody killed it.)
 
 
 def prepare(place: Path, files: list[str], tests: list[str]) -> None:
@@ -86,49 +108,68 @@ def prepare(place: Path, files: list[str], tests: list[str]) -> None:
     (place / "pyproject.toml").write_text("\n".join([(ROOT / "pyproject.toml").read_text(), "[tool.mutmut]", *lines]))
 
 
+def fingerprint(files: list[str], tests: list[str]) -> str:
+    """Of all that decides what is noticed: the package, the tests and what they import, what is said above."""
+    found = hashlib.sha256(repr((files, tests, WITHOUT, FIRST)).encode())
+    sources = [path for path in (ROOT / "src" / "manic").iterdir() if path.is_file()]
+    helpers = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith(("test_", "mutants"))]
+    for path in sorted([*sources, *helpers, *(ROOT / "tests" / f"test_{name}.py" for name in tests)]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def mutmut(place: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "mutmut", *arguments]
     return subprocess.run(command, cwd=place, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def results(place: Path) -> dict[str, str]:
-    """What became of each mutant."""
-    lines = mutmut(place, "results", "--all", "true").splitlines()
-    return {name: status for name, _, status in (line.strip().partition(": ") for line in lines)}
+def results(place: Path) -> dict[str, int | None]:
+    """What became of each mutant: pytest's exit code; None: not tried."""
+    files = (place / "mutants" / "src" / "manic").glob("*.meta")
+    return {name: code for file in files for name, code in json.loads(file.read_text())["exit_code_by_key"].items()}
 
 
-def unexplained(place: Path) -> dict[str, str]:
-    """The diffs of the mutants that live, and nobody has said why."""
-    found = {}
-    for name, status in results(place).items():
-        if status not in ("killed", "segfault", "not checked"):
-            diff = mutmut(place, "show", name).splitlines()
-            text = "\n".join([name, *(line for line in diff if re.match(r"[-+](?!--|\+\+)", line))])
-            if not any(re.search(pattern, text) for pattern in EXPLAINED):
-                found[name] = text
-    return found
+def living(place: Path) -> dict[str, str]:
+    """Name and diff of what nobody has noticed."""
+    names = [name for name, code in results(place).items() if code not in NOTICED]
+    return {name: "\n".join([name, *mutmut(place, "show", name).splitlines()[3:]]) for name in names}
+
+
+def reasons(text: str) -> list[str]:
+    return [pattern for pattern in EXPLAINED if re.search(pattern, text, re.DOTALL)]
 
 
 def run(place: Path, files: list[str], tests: list[str]) -> None:
+    """Goes on where it was killed, and tries again what lived; but all anew where a test or the package has changed."""
+    mark, now = place / "fingerprint", fingerprint(files, tests)
+    if not mark.exists() or mark.read_text() != now:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        mark.write_text(now)
     tried = (place / "mutants").exists()
-    place.mkdir(parents=True, exist_ok=True)
     prepare(place, files, tests)
     command = [sys.executable, "-m", "mutmut", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=place, env=environment, check=True)
-    if tried and (lived := unexplained(place)):
-        subprocess.run([*command, *lived], cwd=place, env=environment, check=True)
+    if tried and (again := [name for name, text in living(place).items() if not reasons(text)]):
+        subprocess.run([*command, *again], cwd=place, env=environment, check=True)
 
 
 def main() -> None:
-    living = []
+    wrong, used = [], set()
     for name in sys.argv[2:] or PLAN:
         place = Path(sys.argv[1]).resolve() / name
         run(place, *PLAN[name])
-        living += unexplained(place).values()
-        sys.stdout.write(f"{name}: {dict(Counter(results(place).values()))}\n")
-    if living:
-        sys.exit("\n\n".join([*living, f"{len(living)} live, and are not explained"]))
+        lived = living(place)
+        wrong += [text for text in lived.values() if not reasons(text)]
+        used.update(*map(reasons, lived.values()))
+        sys.stdout.write(f"{name}: {len(lived)} of {len(results(place))} live\n")
+    if wrong:
+        wrong.append(f"{len(wrong)} live, and are not explained")
+    if not sys.argv[2:]:
+        wrong += [f"this explains nothing: {pattern}" for pattern in EXPLAINED if pattern not in used]
+    if wrong:
+        sys.exit("\n\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from conftest import Problem, flat
 from resuming import SAVED_AT, STEPS, Run, cases, optimizers, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from manic import Mechanic
+from manic import Mechanic, checkpoint
 
 
 @pytest.mark.parametrize("optimizer", sorted(optimizers()))
@@ -236,7 +237,7 @@ def breakages() -> dict[str, Any]:
     group = lambda state: state["param_groups"][0]  # noqa: E731
     options = lambda state: group(state)["mechanic_options"][0]  # noqa: E731
     return {
-        "no optimizer state": (lambda state: {"model": state}, "no optimizer state"),
+        "no optimizer state": (lambda state: {"model": state}, "^this is no optimizer state"),
         "not a dict": (lambda state: {"state": 3, "param_groups": state["param_groups"]}, "no optimizer state"),
         "unknown format": (edit(lambda s: options(s).update(format=2)), "format 2"),
         "no format": (edit(lambda s: options(s).pop("format")), "format None"),
@@ -362,6 +363,14 @@ def test_a_warning_for_a_caller_without_a_name(trained: Any, problem: Problem) -
     state_dict = torch.optim.AdamW(problem.parameters()).state_dict()
     with pytest.warns(UserWarning, match="nothing of a Mechanic"):
         exec("load(state_dict)", {"load": mechanic.load_state_dict, "state_dict": state_dict, "__builtins__": {}})
+
+
+def test_a_warning_that_no_user_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that torch has started, say: it names the line that warns."""
+    monkeypatch.setattr(checkpoint, "_callers", lambda: ["manic.checkpoint", "torch.optim"])
+    with pytest.warns(UserWarning, match="nobody") as record:
+        checkpoint.warn("nobody")
+    assert "warnings.warn(" in linecache.getline(record[0].filename, record[0].lineno)
 
 
 def mixed() -> tuple[list[torch.nn.Parameter], Mechanic]:
@@ -506,6 +515,7 @@ def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
         (lambda s, one, other, options, plan: options.update(unit=-1.0), "unit = -1.0 must be >= 0 and finite"),
         (lambda s, one, other, options, plan: options.update(unit=float("inf")), "unit = inf must be >= 0 and finite"),
         (lambda s, one, other, options, plan: other.update(mechanic_step=one["mechanic_step"].half()), None),
+        (lambda s, one, other, options, plan: other.update(mechanic_state=one["mechanic_state"].float()), None),
         (
             lambda s, one, other, options, plan: other.update(mechanic_state=-other["mechanic_state"]),
             "mechanic_state of param group 1 differs from that of group 0, and they share one scale",
