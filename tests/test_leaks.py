@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,8 @@ def step(parameters: list[nn.Parameter], mechanic: Mechanic) -> None:
 def size() -> tuple[int, int, int]:
     """Python objects, blocks of memory that Python holds, bytes of the process."""
     gc.collect()
-    return len(gc.get_objects()), sys.getallocatedblocks(), 4096 * int(STATM.read_text().split()[1])
+    pages = int(STATM.read_text().split()[1])
+    return len(gc.get_objects()), sys.getallocatedblocks(), os.sysconf("SC_PAGE_SIZE") * pages
 
 
 def stays_flat(action: Callable[[], None], count: int) -> None:
@@ -108,8 +110,21 @@ def test_many_checkpoints_and_mechanics(what: Any, request: pytest.FixtureReques
     stays_flat(what(), 1_000 if request.config.getoption("--every") else 60)
 
 
-@pytest.mark.parametrize("kept", [lambda: object(), lambda: bytearray(64), lambda: torch.zeros(64)])
-def test_what_is_kept_is_seen(kept: Callable[[], Any]) -> None:
-    heap: list[Any] = []
-    with pytest.raises(AssertionError):
-        stays_flat(lambda: heap.append(kept()), 3000)
+def grow(storage: torch.UntypedStorage) -> None:
+    storage.resize_(storage.nbytes() + 2**21)
+    storage.fill_(1)
+
+
+@pytest.mark.parametrize(
+    ("keep", "count", "seen"),
+    [
+        (lambda heap: heap.append([]), 3000, "Python objects"),
+        (lambda heap: heap.append(bytes(64)), 3000, "blocks of memory"),  # which the garbage collector does not know
+        (lambda heap: grow(heap[0]), 20, "bytes"),  # which Python does not know
+    ],
+    ids=["objects", "blocks", "native memory"],
+)
+def test_what_is_kept_is_seen(keep: Callable[[list[Any]], Any], count: int, seen: str) -> None:
+    heap: list[Any] = [torch.UntypedStorage(1)]
+    with pytest.raises(AssertionError, match=f"^{seen}"):
+        stays_flat(lambda: keep(heap), count)
