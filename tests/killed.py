@@ -1,13 +1,15 @@
 """A training process that is killed at any moment, again and again: python killed.py KILLS FOLDER
 
 Each life is a new process with a new model, forked from one that has imported torch and done nothing else. It goes on
-from the last checkpoint, and writes one every few steps by the recipe of docs/checkpoints.md. What it has counted goes
-to stdout, as JSON.
+from the last checkpoint, and writes one every few steps by the recipe of docs/checkpoints.md. After each it notes that
+the save has returned: what the next life finds must be as new as that. What it has counted goes to stdout, as JSON.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -26,6 +28,7 @@ from manic import Mechanic
 
 STEPS, EVERY = 400, 4
 LONGEST = 0.3  # seconds that a life may last at most
+SAVING = 0.006  # seconds that a save takes, from the first byte to the rename
 RECIPE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
 
 
@@ -47,6 +50,16 @@ def build(seed: int) -> tuple[nn.Module, Mechanic]:
     return model, Mechanic(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS))
 
 
+def note(step: int, path: str) -> None:
+    """At no moment is there half of it."""
+    Path(path + ".new").write_text(str(step))
+    os.replace(path + ".new", path)
+
+
+def noted(path: str) -> int:
+    return int(Path(path).read_text()) if os.path.exists(path) else 0
+
+
 def live(checkpoint: str, seed: int, *, saving: bool) -> Any:
     """Train from the last checkpoint to the end; what is there then."""
     files = recipe()
@@ -57,7 +70,7 @@ def live(checkpoint: str, seed: int, *, saving: bool) -> Any:
         model.load_state_dict(found["model"])
         mechanic.load_state_dict(found["mechanic"])
         begin = found["step"]
-    Path(checkpoint + ".begun").write_text(str(begin))
+    note(begin, checkpoint + ".begun")
     for step in range(begin, STEPS):
         x = torch.randn(8, 20, generator=torch.Generator().manual_seed(step))
         mechanic.zero_grad()
@@ -67,6 +80,7 @@ def live(checkpoint: str, seed: int, *, saving: bool) -> Any:
             files["save"](
                 {"model": model.state_dict(), "mechanic": mechanic.state_dict(), "step": step + 1}, checkpoint
             )
+            note(step + 1, checkpoint + ".saved")
     return {"model": model.state_dict(), "mechanic": mechanic.state_dict()}
 
 
@@ -86,7 +100,7 @@ def born(checkpoint: str, seed: int, *, saving: bool) -> int:
 
 def main(kills: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dice = random.Random(0)
+    dice, turns = random.Random(0), itertools.cycle([True, False])
     files = recipe()
     counts = {"kills": 0, "while_writing": 0, "runs": 0, "unreadable": 0, "steps_lost": 0, "different": 0, "failed": 0}
     while counts["kills"] < kills:
@@ -96,8 +110,9 @@ def main(kills: int, folder: Path) -> None:
         while not os.path.exists(checkpoint + ".end"):
             last = files["load"](checkpoint)["step"] if os.path.exists(checkpoint) else 0
             child = born(checkpoint, seed, saving=True)
-            deadline = time.monotonic() + (LONGEST * dice.random() if counts["kills"] < kills else 60)
-            aimed = dice.random() < 0.5  # at a moment in which it writes
+            # The last life may take its time.
+            deadline = time.monotonic() + LONGEST * dice.random() if counts["kills"] < kills else math.inf
+            aimed = next(turns)  # at a moment in which it writes
             status = None
             while status is None and (
                 time.monotonic() < deadline or (aimed and not os.path.exists(checkpoint + ".partial"))
@@ -106,8 +121,11 @@ def main(kills: int, folder: Path) -> None:
                 status = code if number else None
                 time.sleep(0.0002)
             if status is None:
+                if aimed and dice.random() < 0.5:  # not at the first byte, but near the last, fsync and the rename
+                    time.sleep(SAVING * dice.random())
                 os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                status = os.waitpid(child, 0)[1]
+            if status == signal.SIGKILL:
                 counts["kills"] += 1
                 counts["while_writing"] += os.path.exists(checkpoint + ".partial")
             elif status != 0:
@@ -118,10 +136,11 @@ def main(kills: int, folder: Path) -> None:
             except Exception:
                 counts["unreadable"] += 1
                 break
-            begun = Path(checkpoint + ".begun")
-            if begun.exists() and begun.read_text():
-                counts["steps_lost"] += max(0, last - int(begun.read_text())) + max(0, last - now)
-                begun.unlink()
+            begun = checkpoint + ".begun"
+            if os.path.exists(begun):
+                counts["steps_lost"] += max(0, last - noted(begun))
+                os.unlink(begun)
+            counts["steps_lost"] += max(0, max(last, noted(checkpoint + ".saved")) - now)
             Path(checkpoint + ".partial").unlink(missing_ok=True)
         else:
             ends = [torch.load(name + ".end", weights_only=True) for name in (whole, checkpoint)]
