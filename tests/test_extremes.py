@@ -54,8 +54,6 @@ def check(p: Tensor, mechanic: Mechanic) -> None:
 @pytest.mark.parametrize("factor", [1e-38, 1e-19, 1e18, 1e38])
 def test_gradients_of_any_size(factor: float, dtype: torch.dtype, base: str, options: dict[str, Any]) -> None:
     """All of them, the first five, five in the middle; parameters that are 0 among them."""
-    if base == "AdamW" and (factor, dtype) == (1e38, torch.float64):
-        factor = 1e30  # of which Adam's own square is finite
     for start, first, last in ((0.0, 0, 40), (1.0, 0, 5), (1.0, 25, 30)):
         p, mechanic = run(base, options, dtype, (factor if first <= t < last else 1.0 for t in range(40)), start)
         check(p, mechanic)
