@@ -22,10 +22,13 @@ ROOT = Path(__file__).parents[1]
 # What is changed together, and the tests that are to notice. Each has a folder of its own.
 PLAN: dict[str, tuple[list[str], list[str]]] = {
     "tuner": (["tuner"], ["tuner", "algorithm", "properties", "errors"]),
-    "sweeps": (["sweeps", "storage"], ["algorithm", "properties", "usage", "conventions", "kernels", "unwrap"]),
+    "sweeps": (
+        ["sweeps", "storage"],
+        ["algorithm", "properties", "usage", "conventions", "kernels", "unwrap", "found"],
+    ),
     "checkpoint": (
         ["checkpoint", "fit", "schedules"],
-        ["fit", "resume", "stateful", "hostile", "unwrap", "freeze", "errors"],
+        ["fit", "resume", "stateful", "hostile", "unwrap", "freeze", "errors", "found"],
     ),
 }
 # Slow ones, with processes, compilers or Triton's interpreter; and what wants threads, or no frames of mutmut's.

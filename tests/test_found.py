@@ -255,6 +255,22 @@ def test_a_group_that_is_taken_out(frozen: bool) -> None:
     assert m.effective_lr()[0] > 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(compiled: bool) -> None:
+    p = nn.Parameter(torch.ones(5))
+    m = Mechanic(SGD([p], lr=0.1, momentum=0.9))
+    if compiled:
+        m.compile()
+    pulled(p, m, 5)
+    p.grad, p.data = None, torch.cat([p.data, torch.ones(2)])
+    with pytest.raises(ValueError, match=r"param group 0 has become \(7,\), its x_ref is \(5,\).*state.pop"):
+        pulled(p, m)
+    m.state.pop(p)
+    before = (p.detach() - 3).norm()
+    pulled(p, m, 20)
+    assert (p.detach() - 3).norm() < before
+
+
 def test_a_constructor_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     p = nn.Parameter(torch.ones(2))
     base = SGD([p], lr=0.1)

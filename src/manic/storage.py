@@ -92,6 +92,11 @@ def slots(
             entering = ref is None
             if entering:
                 ref, delta = entry(p, store_delta=store_delta)
+            elif ref.shape != p.shape:
+                raise ValueError(
+                    f"a parameter of param group {i} has become {tuple(p.shape)}, its x_ref is {tuple(ref.shape)}: "
+                    "to begin it anew, take its state out, optimizer.state.pop(parameter)"
+                )
             else:
                 delta = state[p].get(DELTA)
             grad = p.grad
