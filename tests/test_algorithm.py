@@ -402,7 +402,7 @@ def test_a_gradient_that_is_placed_otherwise() -> None:
     """It follows its parameter. (DTensors themselves: nox -s distributed.)"""
 
     class Placed:
-        device_mesh = None
+        device_mesh, shape = None, torch.Size([2])
 
         def __init__(self, *placements: Any, grad: Any = None) -> None:
             self.placements, self.grad = placements, grad
@@ -413,7 +413,7 @@ def test_a_gradient_that_is_placed_otherwise() -> None:
     alike = Placed(Shard(0))
     for grad, wanted in ((Placed(Replicate()), ("moved", (Shard(0),))), (alike, alike), (None, None)):
         p = Placed(Shard(0), grad=grad)
-        (one,) = slots([{"params": [p]}], {p: {REF: 1}}, store_delta=True, per_group=False)
+        (one,) = slots([{"params": [p]}], {p: {REF: torch.ones(2)}}, store_delta=True, per_group=False)
         assert one.grad == wanted
         assert one.layout == (None, (True,))
 

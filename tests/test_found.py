@@ -325,6 +325,26 @@ def test_a_scheduler_that_is_made_of_others_is_not_half_loaded(parts: tuple[str,
     assert same(other.state_dict(), before)
 
 
+def test_the_state_dict_of_the_optimizer_inside_is_as_good() -> None:
+    """A script that goes on saving `optimizer`: its schedule was that of the last mechanic.state_dict()."""
+
+    def build() -> tuple[nn.Parameter, Mechanic]:
+        p = nn.Parameter(torch.ones(6))
+        base = AdamW([p], lr=0.1)
+        return p, Mechanic(base, schedulers.CosineAnnealingLR(base, T_max=20))
+
+    (p, m), (q, other) = build(), build()
+    pulled(p, m, 7)
+    other.load_state_dict(copy.deepcopy(m.base_optimizer.state_dict()))
+    q.data.copy_(p)
+    for x, one in ((p, m), (q, other)):
+        pulled(x, one, 7)
+    assert torch.equal(p, q)
+    assert same(m.state_dict(), other.state_dict())
+    base = m.unwrap()
+    assert not any(key.startswith("mechanic_") for key in base.state_dict()["param_groups"][0])
+
+
 def test_a_function_in_a_schedule_that_counts_its_calls() -> None:
     class Falling:
         n = 0

@@ -544,8 +544,8 @@ class Mechanic(Optimizer):
         for group in base.param_groups:
             for key in [key for key in group if key.startswith("mechanic_")]:
                 del group[key]
-        if self._watch is not None:
-            self._watch.remove()
+        for handle in self._watch:
+            handle.remove()
         vars(self).clear()
         return base
 
@@ -723,7 +723,7 @@ class Mechanic(Optimizer):
         # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
         # `step`: it can be neither pickled nor copied.
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
-        return {**kept, "_carried": {}, "_plan": None, "_left": None, "_watch": None}  # which go by identity
+        return {**kept, "_carried": {}, "_plan": None, "_left": None, "_watch": []}  # which go by identity
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -856,8 +856,10 @@ class Mechanic(Optimizer):
 
     def _watch_base(self) -> None:
         # Some wrappers skip Optimizer.__init__ and have no hooks; they go unwatched.
-        watchable = hasattr(self.base_optimizer, "_optimizer_step_pre_hooks")
-        self._watch = self.base_optimizer.register_step_pre_hook(self._on_base_step) if watchable else None
+        base, self._watch = self.base_optimizer, []
+        if hasattr(base, "_optimizer_step_pre_hooks"):
+            self._watch.append(base.register_step_pre_hook(self._on_base_step))
+            self._watch.append(base.register_state_dict_pre_hook(self._on_base_state_dict))
 
     def _on_base_step(self, *_: object) -> None:
         if not self._stepping:
@@ -865,6 +867,12 @@ class Mechanic(Optimizer):
                 f"{type(self.base_optimizer).__name__}.step() was called behind the Mechanic that wraps it: that "
                 "update is not scaled. Call the Mechanic's step() alone."
             )
+
+    def _on_base_state_dict(self, *_: object) -> None:
+        """Who saves the optimizer inside saves what the Mechanic would."""
+        self._refuse_in_a_step()
+        self._adopt()
+        checkpoint.record(self)
 
 
 def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
