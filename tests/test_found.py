@@ -426,7 +426,7 @@ def test_where_in_memory_a_tensor_lies_makes_no_difference(where: str, dtype: to
 
 
 @pytest.mark.parametrize("change", ["double", "bfloat16", "smaller"])
-def test_compiled_a_parameter_may_become_another(change: str) -> None:
+def test_natively_a_parameter_may_become_another(change: str) -> None:
     """The tables of the C++ sweeps were those of before: they wrote past the end."""
     ends = []
     for compiled in (False, True):
@@ -448,7 +448,7 @@ def test_compiled_a_parameter_may_become_another(change: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_a_base_may_put_x_elsewhere() -> None:
+def test_natively_a_base_may_put_x_elsewhere() -> None:
     class Turned(Optimizer):
         """Works on the transpose, and leaves x with its strides."""
 
@@ -479,7 +479,7 @@ def test_compiled_a_base_may_put_x_elsewhere() -> None:
     assert (ends[0] - target).norm() < 0.95 * (start - target).norm()
 
 
-def test_compiled_with_another_default_device(problem: Problem) -> None:
+def test_natively_with_another_default_device(problem: Problem) -> None:
     ends = []
     for device in ("cpu", "meta"):
         parameters = problem.parameters()
