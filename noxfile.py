@@ -48,7 +48,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """Tests that try to break it, whole: 200 kills, all broken checkpoints, 1000 random programs, 10,000,000 steps."""
+    """Tests that try to break it, whole: 200 kills, all broken checkpoints, 2,000 random programs, 10,000,000 steps."""
     install(session, ".", *TESTS, "ninja")
     names = ("killed", "hostile", "programs", "extremes", "leaks")
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import threading
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim import lr_scheduler as schedulers
 
-from manic import Mechanic, mechanic
+from manic import Mechanic, kernels, mechanic
 
 
 def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None:
@@ -30,14 +32,15 @@ def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_ctrl_c_waits_until_the_parameters_are_whole(
-    calls: int, problem: Problem, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After the base has stepped x is x + u. One Ctrl-C waits; whoever insists is heard at once."""
-    parameters, twins = problem.parameters(), problem.parameters()
-    m, twin = Mechanic(AdamW(parameters, lr=1e-4)), Mechanic(AdamW(twins, lr=1e-4))
-    for some, one in ((parameters, m), (twins, twin)):
-        problem.train(some, one, 5)
+def test_ctrl_c_waits_until_the_step_is_whole(calls: int, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the base has stepped x is x + u. One Ctrl-C waits, for the schedule as well; a second one does not."""
+    runs = []
+    for _ in range(2):
+        parameters = problem.parameters()
+        base = AdamW(parameters, lr=1e-4)
+        runs.append((parameters, Mechanic(base, schedulers.ExponentialLR(base, 0.9))))
+        problem.train(*runs[-1], 5)
+    (parameters, m), (twins, twin) = runs
     real = mechanic.move
 
     def interrupted(*arguments: Any) -> Any:
@@ -55,6 +58,70 @@ def test_ctrl_c_waits_until_the_parameters_are_whole(
     assert torch.equal(flat(parameters), flat(twins)) == (calls == 1)
     if calls == 1:
         assert same(m.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("where", ["base", "move", "frozen"])
+def test_a_signal_that_saves_finds_whole_steps(where: str, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler of jobs sends it before it takes the machine away."""
+    parameters = problem.parameters()
+    base = AdamW(parameters, lr=1e-4)
+    m = Mechanic(base, schedulers.ExponentialLR(base, 0.9))
+    problem.train(parameters, m, 20)
+    if where == "frozen":
+        m.freeze()
+    saved: list[Any] = []
+
+    def save(*_: Any) -> None:
+        saved.append(copy.deepcopy((flat(parameters).detach(), m.state_dict())))
+
+    def send(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments) if arguments[1:] and where == "move" else None
+
+    before = signal.signal(signal.SIGTERM, save)
+    real = mechanic.move
+    if where == "move":
+        monkeypatch.setattr(mechanic, "move", send)
+    else:
+        base.register_step_post_hook(send)
+    try:
+        problem.train(parameters, m, range(20, 21))
+        assert signal.getsignal(signal.SIGTERM) is save
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(saved) == 1
+    assert same(saved[0], (flat(parameters).detach(), m.state_dict()))
+
+
+def test_signals_belong_to_the_main_thread_and_to_who_asks_last(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that a closure has put there stays; where no handler can be put, steps go on without."""
+    parameters = problem.parameters()
+    m = Mechanic(SGD(parameters, lr=0.1))
+    before = signal.getsignal(signal.SIGINT)
+
+    def theirs(*_: Any) -> None: ...
+
+    def put(*_: Any) -> None:
+        signal.signal(signal.SIGINT, theirs)
+
+    handle = m.base_optimizer.register_step_pre_hook(put)
+    try:
+        problem.train(parameters, m, 2)
+        assert signal.getsignal(signal.SIGINT) is theirs
+    finally:
+        signal.signal(signal.SIGINT, before)
+    handle.remove()
+    x = flat(parameters).detach().clone()
+    threads = [threading.Thread(target=problem.train, args=(parameters, m, range(2, 4)))]
+    monkeypatch.setattr(threading, "main_thread", lambda: threads[0])  # as Python sees it where it is embedded
+    threads[0].start()
+    threads[0].join()
+    assert m.metrics()["skipped"] == 0
+    assert int(m.param_groups[0]["mechanic_step"]) == 4
+    assert not torch.equal(flat(parameters), x)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_an_interrupt_does_not_leave_the_lr_lent(problem: Problem) -> None:
@@ -94,6 +161,23 @@ def test_in_the_middle_of_a_step_nobody_is_told_the_lent_lr(ask: Any) -> None:
     pulled(p, m, 3)
 
 
+def test_a_copy_in_the_middle_of_a_step_is_refused(problem: Problem) -> None:
+    """It had the lent lr for good, and was in the middle of a step for ever."""
+    parameters = problem.parameters()
+    m = Mechanic(SGD(parameters, lr=0.1))
+    m.base_optimizer.register_step_post_hook(lambda *_: copy.deepcopy(m) and None)
+    with pytest.raises(RuntimeError, match="in the middle of a step"):
+        problem.train(parameters, m, 1)
+
+
+def test_the_optimizer_inside_may_ask_itself_in_a_step(problem: Problem) -> None:
+    parameters = problem.parameters()
+    m = Mechanic(SGD(parameters, lr=0.1))
+    m.base_optimizer.register_step_post_hook(lambda base, *_: base.state_dict() and None)
+    with pytest.warns(UserWarning, match=r"SGD.state_dict\(\) was called in the middle of a step: its lr"):
+        problem.train(parameters, m, 3)
+
+
 @pytest.mark.parametrize("when", ["skipped", "raised"])
 def test_a_first_step_that_came_to_nothing_is_a_first_step(when: str) -> None:
     """What a rehearsal (of torch.distributed.checkpoint) leaves after a step that was skipped goes; what a step has
@@ -128,7 +212,74 @@ def test_a_first_step_that_came_to_nothing_is_a_first_step(when: str) -> None:
     assert same(*ends)
 
 
+def test_a_run_whose_first_step_was_skipped_on_a_device_resumes_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it has created the base's state, which is not that of a rehearsal."""
+    monkeypatch.setattr(mechanic, "_on_host", lambda _: False)
+    runs = []
+    for _ in range(2):
+        p = nn.Parameter(torch.ones(6))
+        runs.append((p, Mechanic(AdamW([p], lr=0.1))))
+    (p, m), (q, other) = runs
+    p.grad = torch.full_like(p, torch.nan)
+    m.step()
+    other.load_state_dict(copy.deepcopy(m.state_dict()))
+    q.data.copy_(p)
+    for x, one in runs:
+        pulled(x, one, 20)
+    assert torch.equal(p, q)
+    assert same(m.state_dict(), other.state_dict())
+
+
 # ---------------------------------------------------------------------- bases
+
+
+class Outlined(Optimizer):
+    """As Lookahead of timm: it skips Optimizer.__init__, and has but some of what that makes."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._optimizer_step_pre_hooks: Any = OrderedDict()
+        self._optimizer_step_post_hooks: Any = OrderedDict()
+        self.base, self.param_groups, self.defaults = base, base.param_groups, base.defaults
+        self.state = defaultdict(dict)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step(closure)
+
+
+def test_a_base_that_has_not_all_hooks() -> None:
+    p = nn.Parameter(torch.ones(5))
+    base = Outlined(SGD([p], lr=0.1))
+    m = Mechanic(base)
+    pulled(p, m, 50)
+    assert (p - 3).norm() < 4
+    assert m.unwrap() is base
+    assert not base._optimizer_step_pre_hooks
+
+
+def test_a_step_hook_may_replace_gradients(problem: Problem) -> None:
+    """With a closure, which was called again then, and undid it."""
+    parameters = problem.parameters()
+    base = SGD(parameters, lr=0.1)
+    m = Mechanic(base)
+    calls = []
+
+    def clip(*_: Any) -> None:
+        for p in parameters:
+            assert p.grad is not None
+            p.grad = p.grad.clamp(-1e-3, 1e-3)
+
+    def closure() -> Any:
+        calls.append(0)
+        m.zero_grad()
+        loss = problem.loss(parameters, 0)
+        loss.backward()
+        return loss
+
+    base.register_step_pre_hook(clip)
+    for _ in range(5):
+        m.step(closure)
+    assert len(calls) == 5
+    assert all(p.grad is not None and p.grad.abs().max() <= 1e-3 for p in parameters)
 
 
 class Counting(Optimizer):
@@ -263,7 +414,9 @@ def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(compiled: bool) -
         m.compile()
     pulled(p, m, 5)
     p.grad, p.data = None, torch.cat([p.data, torch.ones(2)])
-    with pytest.raises(ValueError, match=r"param group 0 has become \(7,\), its x_ref is \(5,\).*state.pop"):
+    with pytest.raises(
+        ValueError, match=r"param group 0 has become \(7,\), its x_ref is \(5,\).*state.pop\(parameter\)$"
+    ):
         pulled(p, m)
     m.state.pop(p)
     before = (p.detach() - 3).norm()
@@ -345,6 +498,32 @@ def test_the_state_dict_of_the_optimizer_inside_is_as_good() -> None:
     assert not any(key.startswith("mechanic_") for key in base.state_dict()["param_groups"][0])
 
 
+@pytest.mark.parametrize("who", ["hook", "schedule"])
+def test_who_asks_while_a_checkpoint_is_loaded_does_not_break_it(who: str) -> None:
+    def build() -> tuple[nn.Parameter, Mechanic]:
+        p = nn.Parameter(torch.ones(6))
+        base = AdamW([p], lr=0.1)
+        made: list[Mechanic] = []
+
+        def factor(t: int) -> float:
+            if who == "schedule" and made:
+                assert made[0].effective_lr()
+            return 1 / (1 + t)
+
+        made.append(Mechanic(base, schedulers.LambdaLR(base, factor)))
+        if who == "hook":
+            base.register_load_state_dict_post_hook(lambda base: base.state_dict() and None)
+        return p, made[0]
+
+    (p, m), (q, other) = build(), build()
+    pulled(p, m, 5)
+    other.load_state_dict(copy.deepcopy(m.state_dict()))
+    q.data.copy_(p)
+    for x, one in ((p, m), (q, other)):
+        pulled(x, one, 5)
+    assert torch.equal(p, q)
+
+
 def test_a_function_in_a_schedule_that_counts_its_calls() -> None:
     class Falling:
         n = 0
@@ -389,7 +568,7 @@ def test_a_mechanics_checkpoint_loaded_into_the_optimizer_inside_is_told() -> No
     m.base_optimizer.load_state_dict(state)
     before = p.detach().clone()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"was loaded into the RMSprop inside.*load_state_dict\(\) of the M"):
+        with pytest.raises(ValueError, match=r"of RMSprop were loaded or copied.*load_state_dict\(\) of the M"):
             pulled(p, m)
     assert torch.equal(p, before)
     m.load_state_dict(state)
@@ -448,7 +627,8 @@ def test_natively_a_parameter_may_become_another(change: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_natively_a_base_may_put_x_elsewhere() -> None:
+@pytest.mark.parametrize("base", ["Turned", "SGD"])
+def test_natively_a_base_may_put_x_elsewhere(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Turned(Optimizer):
         """Works on the transpose, and leaves x with its strides."""
 
@@ -462,19 +642,23 @@ def test_natively_a_base_may_put_x_elsewhere() -> None:
                     u = (p.grad.T / p.grad.norm()).contiguous().T
                     p.data = u.mul(-group["lr"]).add(p.data)
 
+    moves: list[Any] = []
+    real = kernels.Native.move
+    monkeypatch.setattr(kernels.Native, "move", lambda *arguments: moves.append(real(*arguments)))
     ends = []
     for compiled in (False, True):
         torch.manual_seed(0)
         start, target = torch.randn(7, 5), torch.randn(7, 5)
         p = nn.Parameter(start.clone())
-        m = Mechanic(Turned([p], 1e-2))
+        m = Mechanic(Turned([p], 1e-2) if base == "Turned" else SGD([p], 1e-2))
         if compiled:
             m.compile()
         for _ in range(12):
             p.grad = (p.detach() - target).contiguous()
             m.step()
         ends.append(p.detach())
-    assert ends[0].stride() == ends[1].stride() == (1, 7)
+    assert len(moves) == (0 if base == "Turned" else 12)
+    assert ends[0].stride() == ends[1].stride() == ((1, 7) if base == "Turned" else (5, 1))
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
     assert (ends[0] - target).norm() < 0.95 * (start - target).norm()
 

@@ -103,6 +103,7 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
 
     layouts = mechanic._layouts()
     fault: Exception | None = None
+    mechanic._loading = True
     try:
         _load(mechanic, state_dict)
     except WRONG as error:
@@ -113,6 +114,8 @@ def unpack(mechanic: Mechanic, state_dict: dict[str, Any]) -> None:
     except BaseException:
         undo()
         raise
+    finally:
+        mechanic._loading = False
     if anywhere(fault is not None, layouts, mechanic.process_group, mechanic._device):
         undo()
         raise fault or ValueError(
@@ -212,5 +215,4 @@ def _load_tuner(mechanic: Mechanic, state_dict: dict[str, Any], live: Mapping[Te
             mechanic.state[p][name] = saved
     first = state_dict["param_groups"][0]
     skipped = Tuner.unpack(first["mechanic_state"], len(mechanic._options.betas)).skipped
-    mechanic._calls = int(first["mechanic_step"]) + int(skipped)
-    mechanic._fresh = int(first["mechanic_step"]) == 0
+    mechanic._resume_at(int(first["mechanic_step"]), int(skipped))

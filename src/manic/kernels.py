@@ -70,7 +70,8 @@ class Memory:
         return self._table
 
     def elsewhere(self, slots: Sequence[Slot]) -> bool:
-        """Whether some x lies in other memory than when the table was made: the base has replaced it."""
+        """Whether some x lies in other memory than when the table was made, perhaps in another order: the base has
+        replaced it."""
         return [t.data_ptr() for t in column(slots, "param")] != self._addresses[0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("manic")
 
+SIGNALS = signal.valid_signals() & {getattr(signal, f"SIG{name}", 0) for name in ("INT", "TERM", "HUP", "USR1", "USR2")}
 BOOST = 2.0**16  # of the lr of bfloat16 parameters in the base's step
 
 Active = dict[Layout, list[Group]]
@@ -140,7 +140,7 @@ class Mechanic(Optimizer):
         self.log_every = log_every
         devices = [p.device for group in base_optimizer.param_groups for p in group["params"]]
         self._device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
-        self._stepping = False
+        self._stepping = self._loading = False
         self._compiled = False
         self._plan: Plan | None = None
         self._carried: Carried = {}
@@ -150,14 +150,13 @@ class Mechanic(Optimizer):
         # Adagrad and its like have state from construction on, so that nobody makes them rehearse.
         self._lazy = not self._begun()
         self._record: tuple[dict[str, Any], ...] = ()  # what our groups say of us, in all of them the same object
+        self._watch: list[Any] = []  # the hooks on the base
         try:
             self._start_afresh()
+            self._watch_base()
         except BaseException:
-            for group in base_optimizer.param_groups:
-                for key in [key for key in group if key.startswith("mechanic_")]:
-                    del group[key]
+            self._leave_base()
             raise
-        self._watch_base()
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -201,7 +200,7 @@ class Mechanic(Optimizer):
                 self._store(taking)
                 self._fresh &= not taking
                 self._commit([new._replace(update_sq=u) for new, u in zip(tuners, update_sq, strict=True)], ok)
-            self._step_schedule()
+                self._step_schedule()
         self._log()
         return loss
 
@@ -353,6 +352,7 @@ class Mechanic(Optimizer):
         for flat, tuner in zip(self._flat(), tuners, strict=True):
             flat.copy_(tuner.pack())
         self.param_groups[0]["mechanic_step"].add_(ok)  # shared by all groups
+        self._calls += 1
 
     def _propose(
         self, active: Active, closure: Callable[[], Any] | None, before: Tensor, counts: Tensor | None
@@ -399,9 +399,11 @@ class Mechanic(Optimizer):
                 "this Mechanic was frozen before it had learned a scale, which serves to load a frozen checkpoint: "
                 "load one, or build a new Mechanic, train, and call freeze() then"
             )
-        self._step_base(closure)
-        self.param_groups[0]["mechanic_step"].add_(1)
-        self._step_schedule()
+        with _Uninterrupted():
+            self._step_base(closure)
+            self.param_groups[0]["mechanic_step"].add_(1)
+            self._calls += 1
+            self._step_schedule()
         self._log()
 
     @disable_dynamo
@@ -541,11 +543,7 @@ class Mechanic(Optimizer):
         for scheduler in schedulers:
             for part in parts(scheduler):
                 part.optimizer = base
-        for group in base.param_groups:
-            for key in [key for key in group if key.startswith("mechanic_")]:
-                del group[key]
-        for handle in self._watch:
-            handle.remove()
+        self._leave_base()
         vars(self).clear()
         return base
 
@@ -610,7 +608,6 @@ class Mechanic(Optimizer):
         return report.look_at(self.param_groups, self._options, self._unit or 1.0)
 
     def _log(self) -> None:
-        self._calls += 1
         if self.log_every == 0 or self._calls % self.log_every:
             return
         found = self.metrics()
@@ -706,7 +703,7 @@ class Mechanic(Optimizer):
 
         Raises:
             ValueError: the checkpoint does not fit (format, base class, scheduler class, number of groups or
-                parameters, shapes, shards, missing or foreign state, values that are not finite). Nothing has been
+                parameters, shapes, shards, missing or foreign state, NaN, infinite values of our own). Nothing has been
                 loaded then, and on every other process that shares the model ``load_state_dict`` raises as well.
         """
         self._refuse_in_a_step()
@@ -720,6 +717,7 @@ class Mechanic(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_in_a_step()
         # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's
         # `step`: it can be neither pickled nor copied.
         kept = {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
@@ -746,14 +744,14 @@ class Mechanic(Optimizer):
 
     def _begun(self) -> bool:
         """Whether there is state of some parameter. (A base may keep state of its own beside it.)"""
-        return any(len(self.base_optimizer.state.get(p, ())) > 0 for p in self._params())
+        return any(self.base_optimizer.state.get(p) for p in self._params())
 
     def _refuse_in_a_step(self) -> None:
         if self._stepping:
             raise RuntimeError(
-                "this was called in the middle of a step, by a hook on the optimizer inside, a closure or a signal "
-                "handler: parameters and lr are not those of a step's end. Use hooks of the Mechanic, or set a flag "
-                "and save after step()"
+                "this was called in the middle of a step, by a hook on the optimizer inside, a closure or another "
+                "thread: parameters and lr are not those of a step's end. Use hooks of the Mechanic, or set a flag "
+                "and do it after step()"
             )
 
     def _start_afresh(self) -> None:
@@ -768,6 +766,12 @@ class Mechanic(Optimizer):
         if not self._lazy:
             for p in [p for p in self._params() if self.state.get(p)]:
                 self._put(p, *entry(p, store_delta=self._options.store_delta))
+
+    def _resume_at(self, steps: int, skipped: int) -> None:
+        """Where a checkpoint was written: after so many steps that counted, and so many others."""
+        self._calls = steps + skipped
+        # On the host what was skipped has created no state, so that what there is was rehearsed.
+        self._fresh = steps == 0 and (skipped == 0 or _on_host(self.param_groups[0]["mechanic_step"]))
 
     def _take_unit(self) -> None:
         """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0.
@@ -796,12 +800,15 @@ class Mechanic(Optimizer):
     @disable_dynamo
     def _adopt(self) -> None:
         """Take in the groups that the wrapper does not know: added, or loaded behind its back."""
+        if self._loading:  # what the base, its hooks or a schedule ask meanwhile finds the groups half loaded
+            return
         bare = [group for group in self.param_groups if "mechanic_state" not in group]
         ours = [group for group in self.param_groups if "mechanic_state" in group]
         if any(group.get("mechanic_options") is not self._record for group in ours):
             raise ValueError(
-                f"the checkpoint of a Mechanic was loaded into the {type(self.base_optimizer).__name__} inside, where "
-                "half of it has no effect: load it with load_state_dict() of the Mechanic"
+                f"the param groups of {type(self.base_optimizer).__name__} were loaded or copied behind the Mechanic, "
+                "with half of what it knows: load a checkpoint with load_state_dict() of the Mechanic, and leave the "
+                "entries of a group whose names begin with mechanic_ where they are"
             )
         for group in bare:
             self._check_params(group["params"], self._options)
@@ -856,10 +863,19 @@ class Mechanic(Optimizer):
 
     def _watch_base(self) -> None:
         # Some wrappers skip Optimizer.__init__ and have no hooks; they go unwatched.
-        base, self._watch = self.base_optimizer, []
+        base = self.base_optimizer
         if hasattr(base, "_optimizer_step_pre_hooks"):
             self._watch.append(base.register_step_pre_hook(self._on_base_step))
+        if hasattr(base, "_optimizer_state_dict_pre_hooks"):
             self._watch.append(base.register_state_dict_pre_hook(self._on_base_state_dict))
+
+    def _leave_base(self) -> None:
+        """Nothing of the wrapper stays on the base."""
+        for handle in self._watch:
+            handle.remove()
+        for group in self.param_groups:
+            for key in [key for key in group if key.startswith("mechanic_")]:
+                del group[key]
 
     def _on_base_step(self, *_: object) -> None:
         if not self._stepping:
@@ -870,9 +886,14 @@ class Mechanic(Optimizer):
 
     def _on_base_state_dict(self, *_: object) -> None:
         """Who saves the optimizer inside saves what the Mechanic would."""
-        self._refuse_in_a_step()
-        self._adopt()
-        checkpoint.record(self)
+        if self._stepping:
+            name = type(self.base_optimizer).__name__
+            self._tell(
+                f"{name}.state_dict() was called in the middle of a step: its lr is not yours. Save after step()"
+            )
+        elif not self._loading:
+            self._adopt()
+            checkpoint.record(self)
 
 
 def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
@@ -915,13 +936,13 @@ def mechanic_in(optimizer: Any) -> Mechanic | None:
 
 def _evaluate(closure: Callable[[], Any] | None, params: list[Tensor]) -> tuple[Any, Callable[[], Any] | None]:
     """The loss, and a closure for the base whose first call returns that loss without computing it again: unless the
-    base has moved the parameters before, or cleared their gradients (as sharpness-aware ones do)."""
+    base has moved the parameters before, or let go of their gradients (as sharpness-aware ones do)."""
     if closure is None:
         return None, None
     evaluate = torch.enable_grad()(closure)
 
-    def marks() -> list[tuple[int, int]]:
-        return [(p._version, id(p.grad)) for p in params]
+    def marks() -> list[tuple[int, bool]]:
+        return [(p._version, p.grad is None) for p in params]
 
     loss = evaluate()
     known = [marks()]
@@ -929,26 +950,34 @@ def _evaluate(closure: Callable[[], Any] | None, params: list[Tensor]) -> tuple[
 
 
 class _Uninterrupted:
-    """Ctrl-C waits for the end of what is inside, where the parameters are in between; a second one does not."""
+    """Signals wait for the end of what is inside, where the parameters are in between; a second Ctrl-C does not."""
 
     def __enter__(self) -> None:
-        self.waiting: list[Any] = []
-        self.handler: Any = None
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
+        self.handlers: dict[int, Any] = {}
+        self.waiting: list[tuple[int, Any]] = []
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
             if callable(handler):
-                self.handler = handler
-                signal.signal(signal.SIGINT, self._note)
+                self.handlers[number] = handler
+                try:
+                    signal.signal(number, self._note)
+                except ValueError:  # this is not the main thread, where signals arrive
+                    self.handlers.clear()
+                    return
 
     def _note(self, number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, self.handler)
-        self.waiting.append((number, frame))
+        if number == signal.SIGINT and number in [other for other, _ in self.waiting]:
+            self.waiting.clear()
+            self.handlers[number](number, frame)
+        else:
+            self.waiting.append((number, frame))
 
     def __exit__(self, *_: object) -> None:
-        if self.handler is not None:
-            signal.signal(signal.SIGINT, self.handler)
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self._note:  # else somebody inside has put another there
+                signal.signal(number, handler)
         for number, frame in self.waiting:
-            self.handler(number, frame)
+            self.handlers[number](number, frame)
 
 
 def _field(tuners: list[Tuner], name: str) -> Tensor:

@@ -63,10 +63,15 @@ struct Piece {
     W* delta;
 };
 
-// By it an edit of x is told: what move left, and what measure finds. The bits count by their place, each an odd number
-// of times: so a change in any one is seen, and an exchange of two as well, where Δ is 0.
-inline uint32_t place(int64_t k) { return (uint32_t(k) * 0x9E3779B1u) >> 8 | 1; }
+// The bits of x, an odd number of times that depends on the place: so a change in any one is seen in their sum, and an
+// exchange of two as well. The upper half, with the sign, goes into the lower one, or an even number would lose it.
+template <class X>
+inline auto mark_of(X x, int64_t k) {
+    const auto bits = bits_of(x);
+    return (bits ^ bits >> 4 * sizeof bits) * ((uint32_t(k) * 0x9E3779B1u) >> 8 | 1);
+}
 
+// By it an edit of x is told: what move left, and what measure finds.
 struct Mark {
     double delta_x;
     uint64_t bits;
@@ -105,7 +110,7 @@ Mark measure(const Piece<X, W>& p, double* sums) {
             gg[j] += gk * gk;
             xx[j] += xk * xk;
             dd[j] += dk * dk;
-            b[j] += bits_of(x[k]) * place(k);
+            b[j] += mark_of(x[k], k);
         });
         add_up(dg, delta_grad), add_up(dx, delta_x), add_up(gg, grad_sq), add_up(xx, x_sq), add_up(dd, delta_sq);
         add_up(b, bits);
@@ -153,7 +158,7 @@ Mark move(const Piece<X, W>& p, const Motion<W> by, bool counts) {
             delta[k] = d;
             x[k] = moved;
             dx[j] += d * wide(moved);
-            b[j] += bits_of(moved) * place(k);
+            b[j] += mark_of(moved, k);
         });
         add_up(dx, delta_x), add_up(b, bits);
     }

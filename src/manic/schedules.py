@@ -22,7 +22,7 @@ def parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
 
 def name_of(scheduler: LRScheduler) -> str:
     """Its class, and the classes of those that it is made of: "SequentialLR(LinearLR, CosineAnnealingLR)"."""
-    inner = ", ".join(map(name_of, getattr(scheduler, "_schedulers", ())))
+    inner = ", ".join(map(name_of, getattr(scheduler, "_schedulers", None) or ()))
     return type(scheduler).__name__ + (f"({inner})" if inner else "")
 
 

@@ -234,7 +234,7 @@ def move(groups: Sequence[Group], motion: Tensor, counts: Tensor | None, carried
     for group in groups:
         if group.kernels is not None:
             memory = carries[group.identity] = _memory(group, carried)
-            memory.known = not memory.elsewhere(group.slots) or _in_order(group.slots)
+            memory.known = not memory.elsewhere(group.slots)
             if memory.known:
                 by = _as_wanted(motion, group.slots[0])
                 group.kernels.move(group.slots, by, _counts(counts, group.slots[0]), memory)
@@ -416,12 +416,6 @@ def _runs(groups: Sequence[list[Slot]], *wanted: str) -> Iterator[Run]:
         else:
             grad = slot.grad if "grad" in wanted and slot.grad is not None and not slot.grad.is_sparse else None
             yield Run(group, list(_pieces(slot.param, grad, slot.ref, slot.delta, slot.x)))
-
-
-def _in_order(slots: Sequence[Slot]) -> bool:
-    """Whether x still lies as x_ref and Δ do, and kernels can take it."""
-    columns = [column(slots, name) for name in ("param", "ref", "delta")]
-    return all(_alike(x, x, ref, delta) for x, ref, delta in zip(*columns, strict=True))
 
 
 def _identity(slots: Sequence[Slot]) -> Identity:

@@ -46,9 +46,12 @@ def _at(ref, delta, scale, X: tl.constexpr):
 
 @triton.jit
 def _bits(x, at, BITS: tl.constexpr):
-    """Of x, by which an edit is told: each counts an odd number of times, another at every place."""
+    """Of x, by which an edit is told: an odd number of times that depends on the place. The upper half, with the sign,
+    goes into the lower one, or an even number would lose it."""
+    HALF: tl.constexpr = BITS.primitive_bitwidth // 2
+    bits = x.to(BITS, bitcast=True)
     places = (at * -0x61C88647 >> 8) | 1
-    return x.to(BITS, bitcast=True) * places.to(BITS)
+    return (bits ^ ((bits >> HALF) & ((1 << HALF) - 1))) * places.to(BITS)
 
 
 @triton.jit
