@@ -43,16 +43,28 @@ def size() -> tuple[int, int, int]:
     return len(gc.get_objects()), sys.getallocatedblocks(), os.sysconf("SC_PAGE_SIZE") * pages
 
 
-def stays_flat(action: Callable[[], None], count: int) -> None:
-    for _ in range(min(count, 500)):  # caches grow at first
-        action()
+def grown(action: Callable[[], None], count: int) -> str:
+    """What has grown; nothing: ""."""
     objects, blocks, resident = size()
     for _ in range(count):
         action()
     now = size()
-    assert now[0] - objects < count / 10, "Python objects"
-    assert now[1] - blocks < 1000 + count / 10, "blocks of memory"
-    assert now[2] - resident < 3 * 2**20 + 100 * count, "bytes"  # the smallest tensor has some 200
+    if now[0] - objects >= count / 10:
+        return "Python objects"
+    if now[1] - blocks >= 1000 + count / 10:
+        return "blocks of memory"
+    return "bytes" if now[2] - resident >= 3 * 2**20 + 100 * count else ""  # the smallest tensor has some 200
+
+
+def stays_flat(action: Callable[[], None], count: int) -> None:
+    """What leaks grows every time; caches do at first, and a heap that other tests have left in pieces does once."""
+    for _ in range(min(count, 500)):
+        action()
+    for _ in range(3):
+        found = grown(action, count)
+        if not found:
+            return
+    pytest.fail(found)
 
 
 def steps(**options: Any) -> Callable[[], None]:
@@ -126,5 +138,5 @@ def grow(storage: torch.UntypedStorage) -> None:
 )
 def test_what_is_kept_is_seen(keep: Callable[[list[Any]], Any], count: int, seen: str) -> None:
     heap: list[Any] = [torch.UntypedStorage(1)]
-    with pytest.raises(AssertionError, match=f"^{seen}"):
+    with pytest.raises(pytest.fail.Exception, match=f"^{seen}"):
         stays_flat(lambda: keep(heap), count)
