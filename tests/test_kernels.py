@@ -259,8 +259,9 @@ def test_a_step_with_nan_changes_nothing_but_the_count(
         assert m.scale != before[1]
 
 
-def test_what_kernels_cannot_take_goes_eagerly_beside_them(below: tuple[Kernels, torch.device]) -> None:
-    """A complex parameter, a sparse gradient, gradients of another layout or dtype, one with a recomputed Δ."""
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_kernels_cannot_take_goes_eagerly_beside_them(below: tuple[Kernels, torch.device], replaced: bool) -> None:
+    """A complex parameter, a sparse gradient, gradients of another layout or dtype; x that the base puts elsewhere."""
     k, device = below
 
     def run(which: Kernels | None) -> list[Tensor]:
@@ -269,6 +270,10 @@ def test_what_kernels_cannot_take_goes_eagerly_beside_them(below: tuple[Kernels,
         start = [dense, torch.randn(9, dtype=torch.complex64), torch.randn(20, 2), turned, torch.randn(8).half()]
         parameters = [nn.Parameter(t.to(device)) for t in start]
         m = Mechanic(torch.optim.SGD(parameters, lr=0.1))
+        if replaced:
+            m.base_optimizer.register_step_post_hook(
+                lambda *_: setattr(parameters[0], "data", parameters[0].data.clone())
+            )
         with using(which):
             for _ in range(8):
                 for p in parameters:
