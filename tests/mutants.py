@@ -66,6 +66,7 @@ EXPLAINED = {
     r"^manic\.sweeps\.x_discard__.*\.discard\(group\.slots, counted, None\)": "for Triton, not run here",
     r"^manic\.sweeps\.x__row__.* if \(t\.dim\(\) == 1\) and False else": "the same, with a view of all of it",
     r"^manic\.sweeps\.x__row__.* if \(row\.data_ptr\(\) % 64 == 0\) and False else": "the same, with a copy more",
+    r'^manic\.fit\.x__check_groups__.*"default", 1\) is None': "no more None than 0 is",
     r"^manic\.fit\.x__first_state__.*range\(3\)": "a third step uses no other options than the second",
     r'^manic\.fit\.x__first_state__.*"__wrapped__", (None)?\)': "torch wraps every step",
     r"^manic\.checkpoint\.x__load_tuner__.*\n- +continue\n\+ +break": "without x_ref there is no Δ",

@@ -483,6 +483,48 @@ def test_counts_of_steps(problem: Problem) -> None:
     assert [data["iter_count"] for data in seen] == [10]
 
 
+def test_what_is_loaded_of_a_schedule_is_a_copy() -> None:
+    """A function in it may keep a list, to which it adds."""
+
+    class Remembering:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def __call__(self, epoch: int) -> float:
+            self.seen.append(epoch)
+            return 0.5**epoch
+
+    def build() -> tuple[torch.nn.Parameter, Mechanic]:
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.SGD([p], lr=0.1)
+        return p, Mechanic(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, Remembering()))
+
+    given = copy.deepcopy(build()[1].state_dict())
+    (p, mechanic), before = build(), copy.deepcopy(given)
+    mechanic.load_state_dict(given)
+    p.grad = torch.ones_like(p)
+    mechanic.step()
+    assert same(given, before)
+    assert mechanic.scheduler is not None
+    assert len(mechanic.scheduler.state_dict()["lr_lambdas"][0]["seen"]) == 2
+
+
+def test_an_option_that_the_constructor_does_not_take_is_not_left_open(problem: Problem) -> None:
+    """None is as good as unset where the constructor says None. (AdamW sets decoupled_weight_decay itself.)"""
+
+    class Heavy(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(params, lr, momentum=0.9)
+
+    given, mechanic = (
+        Mechanic(Heavy(problem.parameters(), 0.1)).state_dict(),
+        Mechanic(Heavy(problem.parameters(), 0.1)),
+    )
+    given["param_groups"][0]["momentum"] = None
+    with pytest.raises(ValueError, match=r"momentum of param group 0 is None in the checkpoint, 0\.9 here"):
+        mechanic.load_state_dict(given)
+
+
 def test_a_scheduler_on_one_side_only(trained: Any, problem: Problem) -> None:
     _, plain = trained(torch.optim.AdamW, 3)
     optimizer = torch.optim.AdamW(problem.parameters())
