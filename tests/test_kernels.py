@@ -291,6 +291,28 @@ def test_what_kernels_cannot_take_goes_eagerly_beside_them(below: tuple[Kernels,
         torch.testing.assert_close(a, b)
 
 
+def test_what_is_swept_apart_keeps_its_own_memory(below: tuple[Kernels, torch.device]) -> None:
+    """Two dtypes, more than a piece of one: tables and marks are those of each."""
+    k, device = below
+
+    def run(which: Kernels | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        start = torch.randn(k.piece + 9), torch.randn(50, dtype=torch.float64)
+        parameters = [nn.Parameter(t.to(device)) for t in start]
+        m = Mechanic(torch.optim.SGD(parameters, lr=0.1))
+        with using(which):
+            for t in range(6):
+                for p in parameters:
+                    p.grad = p.detach().clone()
+                if t == 3:
+                    parameters[0].data[:9] += 1
+                m.step()
+        return [p.detach() for p in parameters]
+
+    for a, b in zip(run(k), run(None), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_two_runs_give_the_same_bits_on_any_number_of_threads() -> None:
     def run(threads: int) -> list[Tensor]:
         torch.manual_seed(0)
