@@ -57,7 +57,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Mutation testing of the scalar half, the sweeps and the checkpoint. It takes hours, and goes on where it was
+    """Mutation testing of the scalar half, the sweeps and the checkpoint. It takes an hour, and goes on where it was
     killed; `nox -s mutants -- tuner` takes one file."""
     install(session, "torch", *TESTS, "numpy", "ninja", "mutmut==3.8.1")
     session.run("python", str(ROOT / "tests" / "mutants.py"), str(ROOT / "out" / "mutants"), *session.posargs)
