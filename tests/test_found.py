@@ -28,6 +28,20 @@ def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None
         m.step()
 
 
+Run = tuple[nn.Parameter, Mechanic]
+
+
+def resumed(one: Run, other: Run, steps: int, state: Any = None) -> None:
+    """The other loads what one has saved (or `state`), and both take the same steps."""
+    (p, m), (q, twin) = one, other
+    twin.load_state_dict(copy.deepcopy(m.state_dict() if state is None else state))
+    q.data.copy_(p)
+    for run in (one, other):
+        pulled(*run, steps)
+    assert torch.equal(p, q)
+    assert same(m.state_dict(), twin.state_dict())
+
+
 # ---------------------------------------------------------------------- interrupted
 
 
@@ -219,15 +233,10 @@ def test_a_run_whose_first_step_was_skipped_on_a_device_resumes_exactly(monkeypa
     for _ in range(2):
         p = nn.Parameter(torch.ones(6))
         runs.append((p, Mechanic(AdamW([p], lr=0.1))))
-    (p, m), (q, other) = runs
-    p.grad = torch.full_like(p, torch.nan)
-    m.step()
-    other.load_state_dict(copy.deepcopy(m.state_dict()))
-    q.data.copy_(p)
-    for x, one in runs:
-        pulled(x, one, 20)
-    assert torch.equal(p, q)
-    assert same(m.state_dict(), other.state_dict())
+    one, other = runs
+    one[0].grad = torch.full_like(one[0], torch.nan)
+    one[1].step()
+    resumed(one, other, 20)
 
 
 # ---------------------------------------------------------------------- bases
@@ -304,11 +313,7 @@ def test_state_that_is_no_parameters(at_once: bool) -> None:
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     m, other = (Mechanic(Counting([x], 1e-4, at_once)) for x in (p, q))
     pulled(p, m, 20)
-    other.load_state_dict(copy.deepcopy(m.state_dict()))
-    q.data.copy_(p)
-    for x, one in ((p, m), (q, other)):
-        pulled(x, one, 5)
-    assert torch.equal(p, q)
+    resumed((p, m), (q, other), 5)
     m.freeze()
     assert set(m.state[p]) == {"n"}
     before = p.detach().clone()
@@ -457,7 +462,7 @@ def test_another_implementation_of_the_base_loads_as_in_torch(options: dict[str,
 
 @pytest.mark.parametrize("parts", [("ExponentialLR", "StepLR"), ("CosineAnnealingLR", "LinearLR")], ids=str)
 def test_a_scheduler_that_is_made_of_others_is_not_half_loaded(parts: tuple[str, str]) -> None:
-    def build(names: tuple[str, str]) -> tuple[nn.Parameter, Mechanic]:
+    def build(names: tuple[str, str]) -> Run:
         p = nn.Parameter(torch.ones(3))
         base = SGD([p], lr=0.1)
         makes: dict[str, Callable[[], Any]] = {
@@ -481,26 +486,21 @@ def test_a_scheduler_that_is_made_of_others_is_not_half_loaded(parts: tuple[str,
 def test_the_state_dict_of_the_optimizer_inside_is_as_good() -> None:
     """A script that goes on saving `optimizer`: its schedule was that of the last mechanic.state_dict()."""
 
-    def build() -> tuple[nn.Parameter, Mechanic]:
+    def build() -> Run:
         p = nn.Parameter(torch.ones(6))
         base = AdamW([p], lr=0.1)
         return p, Mechanic(base, schedulers.CosineAnnealingLR(base, T_max=20))
 
-    (p, m), (q, other) = build(), build()
-    pulled(p, m, 7)
-    other.load_state_dict(copy.deepcopy(m.base_optimizer.state_dict()))
-    q.data.copy_(p)
-    for x, one in ((p, m), (q, other)):
-        pulled(x, one, 7)
-    assert torch.equal(p, q)
-    assert same(m.state_dict(), other.state_dict())
-    base = m.unwrap()
+    one, other = build(), build()
+    pulled(*one, 7)
+    resumed(one, other, 7, one[1].base_optimizer.state_dict())
+    base = one[1].unwrap()
     assert not any(key.startswith("mechanic_") for key in base.state_dict()["param_groups"][0])
 
 
 @pytest.mark.parametrize("who", ["hook", "schedule"])
 def test_who_asks_while_a_checkpoint_is_loaded_does_not_break_it(who: str) -> None:
-    def build() -> tuple[nn.Parameter, Mechanic]:
+    def build() -> Run:
         p = nn.Parameter(torch.ones(6))
         base = AdamW([p], lr=0.1)
         made: list[Mechanic] = []
@@ -515,13 +515,9 @@ def test_who_asks_while_a_checkpoint_is_loaded_does_not_break_it(who: str) -> No
             base.register_load_state_dict_post_hook(lambda base: base.state_dict() and None)
         return p, made[0]
 
-    (p, m), (q, other) = build(), build()
-    pulled(p, m, 5)
-    other.load_state_dict(copy.deepcopy(m.state_dict()))
-    q.data.copy_(p)
-    for x, one in ((p, m), (q, other)):
-        pulled(x, one, 5)
-    assert torch.equal(p, q)
+    one, other = build(), build()
+    pulled(*one, 5)
+    resumed(one, other, 5)
 
 
 def test_a_function_in_a_schedule_that_counts_its_calls() -> None:
@@ -532,19 +528,14 @@ def test_a_function_in_a_schedule_that_counts_its_calls() -> None:
             self.n += 1
             return 1 / (1 + self.n)
 
-    def build() -> tuple[nn.Parameter, Mechanic]:
+    def build() -> Run:
         p = nn.Parameter(torch.ones(6))
         base = SGD([p], lr=0.1)
         return p, Mechanic(base, schedulers.LambdaLR(base, Falling()))
 
-    (p, m), (q, other) = build(), build()
-    pulled(p, m, 5)
-    other.load_state_dict(copy.deepcopy(m.state_dict()))
-    q.data.copy_(p)
-    for x, one in ((p, m), (q, other)):
-        pulled(x, one, 5)
-    assert torch.equal(p, q)
-    assert same(m.state_dict(), other.state_dict())
+    one, other = build(), build()
+    pulled(*one, 5)
+    resumed(one, other, 5)
 
 
 def test_a_small_parameter_beside_a_large_one_is_missed() -> None:

@@ -82,6 +82,16 @@ def a_slot(values: Tensor, dtype: torch.dtype, device: torch.device, scale: floa
     return Slot(nn.Parameter(x), like(torch.randn(values.shape), dtype), 1.0, 0, ref, delta)
 
 
+def stepped(k: Kernels, one: Slot) -> tuple[Tensor, Memory]:
+    """A step in which nothing moves, at S = 0.5: S, and what the kernels keep after it."""
+    motion = torch.tensor([0.5, 0.5, 1, 1], dtype=one.ref.dtype, device=one.ref.device)
+    memory = Memory([one], k.piece)
+    k.measure([one], motion[0], memory)
+    k.move([one], motion, None, memory)
+    memory.known = True
+    return motion[0], memory
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_step_of_every_shape_is_the_eager_one(below: tuple[Kernels, torch.device], dtype: torch.dtype) -> None:
@@ -154,12 +164,7 @@ def test_the_smallest_edit_of_one_element_is_seen_in_its_piece(
     one = a_slot(torch.randn(2 * k.piece + 33), dtype, device, 0.5)
     assert one.delta is not None
     one.ref[-1], one.delta[-1] = 0, 2 * one.param[-1].detach()  # so that x_ref can hold the last digit of x
-    motion = torch.tensor([0.5, 0.5, 1, 1], dtype=one.ref.dtype, device=device)
-    scale = motion[0]
-    memory = Memory([one], k.piece)
-    k.measure([one], scale, memory)
-    k.move([one], motion, None, memory)
-    memory.known = True
+    scale, memory = stepped(k, one)
     before = one.ref.clone()
     one.ref[5] += 100  # x does not stand where it should, but nobody edited x: nobody looks
     k.measure([one], scale, memory)
@@ -192,16 +197,12 @@ def test_an_exchange_of_elements_that_never_moved_is_seen(
         one.delta.zero_()
         one.ref.copy_(values)
         one.param.data.copy_(values)
-        motion = torch.tensor([0.5, 0.5, 1, 1], dtype=one.ref.dtype, device=device)
-        memory = Memory([one], k.piece)
-        k.measure([one], motion[0], memory)
-        k.move([one], motion, None, memory)
-        memory.known = True
+        scale, memory = stepped(k, one)
         with torch.no_grad():
             one.param[[7, 7 + apart]] = one.param[[7 + apart, 7]]
         shifted = [7, 7 + apart]
         assert not torch.equal(one.ref[shifted], one.param[shifted].to(one.ref.dtype))
-        k.measure([one], motion[0], memory)
+        k.measure([one], scale, memory)
         assert torch.equal(one.ref[shifted], one.param[shifted].to(one.ref.dtype))
 
 

@@ -91,10 +91,10 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
     sizes = [len(group["params"]) for group in saved], [len(group["params"]) for group in live]
     if len(sizes[0]) != len(sizes[1]):
         raise ValueError(f"the checkpoint has {len(sizes[0])} param groups, the optimizer has {len(sizes[1])}")
-    constructor = inspect.signature(type(mechanic.base_optimizer).__init__).parameters
     ids = [key for group in saved for key in group["params"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"the param groups of the checkpoint have a parameter twice: {ids}")
+    constructor = inspect.signature(type(mechanic.base_optimizer).__init__).parameters
     for i, (theirs, ours) in enumerate(zip(*sizes, strict=True)):
         if theirs != ours:
             raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")

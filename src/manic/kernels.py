@@ -45,7 +45,7 @@ class Memory:
         self.marks = torch.zeros(self.pieces, 2, dtype=torch.int64, device=tensors[0].device)
         self.known = False  # whether the marks are those of the last step
         self._addresses: list[list[int]] = [[]] * 4
-        self._table = self._offsets
+        self.rows = self._offsets  # the table of the last look
         self.aligned = False  # whether every address is a multiple of 16
         # The table on a device: itself, which one it is, whether a CUDA graph uploads it, and from where.
         self.on_device: Tensor | None = None
@@ -54,20 +54,15 @@ class Memory:
         self.spare: list[Tensor] = []
         self.kept: list[Tensor] = []
 
-    def table(self, slots: Sequence[Slot], *, with_grad: bool) -> Tensor:
-        """int64 [pieces, 5] on the CPU: how many elements, and where their x, g, x_ref and Δ begin.
-
-        Without the gradient only x is looked up again: the base optimizer cannot have put the others elsewhere."""
-        names = ("param", "grad", "ref", "delta") if with_grad else ("param",)
-        addresses = list(self._addresses)
-        for i, name in enumerate(names):
-            addresses[i] = [t.data_ptr() for t in column(slots, name)]
+    def table(self, slots: Sequence[Slot]) -> Tensor:
+        """int64 [pieces, 5] on the CPU: how many elements, and where their x, g, x_ref and Δ begin now."""
+        addresses = [[t.data_ptr() for t in column(slots, name)] for name in ("param", "grad", "ref", "delta")]
         if addresses != self._addresses:
             self._addresses = addresses
             self.aligned = not any(address % 16 for column in addresses for address in column)
-            self._table = self._offsets.clone()
-            self._table[:, 1:] += torch.tensor(addresses, device=self._table.device).T[self._owner]
-        return self._table
+            self.rows = self._offsets.clone()
+            self.rows[:, 1:] += torch.tensor(addresses, device=self.rows.device).T[self._owner]
+        return self.rows
 
     def elsewhere(self, slots: Sequence[Slot]) -> bool:
         """Whether some x lies in other memory than when the table was made, perhaps in another order: the base has
@@ -91,8 +86,11 @@ class Kernels(ABC):
 
     @abstractmethod
     def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
-        """As ``manic.sweeps.move()``; takes down the marks. `motion`: [4], S_t, S_{t+1}, keep and fade, in the dtype
-        of x_ref and on its device. `ok`: 0-d bool there, False: updates do not count."""
+        """As ``manic.sweeps.move()``, with x where ``measure()`` found it; takes down the marks.
+
+        `motion`: [4], S_t, S_{t+1}, keep and fade, in the dtype of x_ref and on its device. `ok`: 0-d bool there,
+        False: updates do not count.
+        """
 
     def discard(self, slots: Sequence[Slot], ok: Tensor, memory: Memory) -> None:
         """The gradients become 0 unless `ok`, 0-d bool on their device."""
@@ -119,12 +117,11 @@ class Native(Kernels):
     def measure(self, slots: Sequence[Slot], scale: Tensor, memory: Memory) -> Tensor:
         sums = torch.empty(memory.pieces, 5, dtype=torch.float64, device=memory.marks.device)
         left = memory.marks if memory.known else None
-        self._call("measure", slots, memory, memory.table(slots, with_grad=True), scale, left, sums)
+        self._call("measure", slots, memory, memory.table(slots), scale, left, sums)
         return sums
 
     def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
-        table = memory.table(slots, with_grad=False)
-        self._call("move", slots, memory, table, motion, ok, memory.marks)
+        self._call("move", slots, memory, memory.rows, motion, ok, memory.marks)
 
     def _call(self, sweep: str, slots: Sequence[Slot], memory: Memory, table: Tensor, *others: Tensor | None) -> None:
         function = getattr(self._library, f"{sweep}_{str(slots[0].param.dtype).removeprefix('torch.')}")

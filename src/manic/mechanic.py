@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("manic")
 
+# By which a process is told to stop, or to save.
 SIGNALS = signal.valid_signals() & {getattr(signal, f"SIG{name}", 0) for name in ("INT", "TERM", "HUP", "USR1", "USR2")}
 BOOST = 2.0**16  # of the lr of bfloat16 parameters in the base's step
 
@@ -176,7 +177,7 @@ class Mechanic(Optimizer):
         Returns:
             the closure's loss, or None.
         """
-        loss, closure = _evaluate(closure, self._params())
+        loss, closure = _evaluate(closure, self._params)
         self._adopt()
         if self._rehearse(closure):
             return loss
@@ -744,7 +745,7 @@ class Mechanic(Optimizer):
 
     def _begun(self) -> bool:
         """Whether there is state of some parameter. (A base may keep state of its own beside it.)"""
-        return any(self.base_optimizer.state.get(p) for p in self._params())
+        return any(self.base_optimizer.state.get(p) for group in self.param_groups for p in group["params"])
 
     def _refuse_in_a_step(self) -> None:
         if self._stepping:
@@ -934,7 +935,9 @@ def mechanic_in(optimizer: Any) -> Mechanic | None:
     return optimizer
 
 
-def _evaluate(closure: Callable[[], Any] | None, params: list[Tensor]) -> tuple[Any, Callable[[], Any] | None]:
+def _evaluate(
+    closure: Callable[[], Any] | None, params: Callable[[], list[Tensor]]
+) -> tuple[Any, Callable[[], Any] | None]:
     """The loss, and a closure for the base whose first call returns that loss without computing it again: unless the
     base has moved the parameters before, or let go of their gradients (as sharpness-aware ones do)."""
     if closure is None:
@@ -942,7 +945,7 @@ def _evaluate(closure: Callable[[], Any] | None, params: list[Tensor]) -> tuple[
     evaluate = torch.enable_grad()(closure)
 
     def marks() -> list[tuple[int, bool]]:
-        return [(p._version, p.grad is None) for p in params]
+        return [(p._version, p.grad is None) for p in params()]
 
     loss = evaluate()
     known = [marks()]

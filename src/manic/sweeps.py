@@ -304,7 +304,8 @@ def _move_recomputed(run: Run, motion: Tensor, counts: Tensor | None) -> Tensor:
         ref.addcmul_(delta, there * (1 - fade))
         new = torch.addcmul(ref, delta.mul_(fade), there)
         x.copy_(new if counts is None else torch.where(counts | (here != there), new, before))
-        update_sq += torch.dot(_row(update), _row(update))
+        row = _row(update)
+        update_sq += torch.dot(row, row)
     return update_sq
 
 

@@ -189,18 +189,18 @@ class Triton(Kernels):
 
     def measure(self, slots: Sequence[Slot], scale: Tensor, memory: Memory) -> Tensor:
         sums = torch.empty(memory.pieces, 5, dtype=torch.float64, device=memory.marks.device)
-        table = _on_device(memory, memory.table(slots, with_grad=True), again=True)
+        table = _on_device(memory, memory.table(slots), again=True)
         types = TYPES[slots[0].param.dtype]
         _launch(_measure, memory, table, scale, memory.marks, sums, memory.known, *types, memory.aligned, BLOCK)
         return sums
 
     def move(self, slots: Sequence[Slot], motion: Tensor, ok: Tensor | None, memory: Memory) -> None:
-        table = _on_device(memory, memory.table(slots, with_grad=False))
+        table = _on_device(memory, memory.rows)
         types, largest = TYPES[slots[0].param.dtype], torch.finfo(slots[0].ref.dtype).max
         _launch(_move, memory, table, motion, ok, memory.marks, *types, largest, memory.aligned, BLOCK)
 
     def discard(self, slots: Sequence[Slot], ok: Tensor, memory: Memory) -> None:
-        table = _on_device(memory, memory.table(slots, with_grad=True))
+        table = _on_device(memory, memory.table(slots))
         _launch(_discard, memory, table, ok, *TYPES[slots[0].param.dtype][:2], BLOCK)
 
 
