@@ -50,14 +50,14 @@ def tests(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Tests that try to break it, whole: 200 kills, all broken checkpoints, 2,000 random programs, 10,000,000 steps."""
     install(session, ".", *TESTS, "ninja")
-    names = ("killed", "hostile", "programs", "extremes", "leaks")
+    names = ("killed", "hostile", "programs", "extremes", "leaks", "whole_steps")
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
     pytest(session, "-n", "2", "--every", "--junitxml", "soak.xml", *files, *session.posargs)
 
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Mutation testing of the scalar half, the sweeps and the checkpoint. It takes an hour, and goes on where it was
+    """Mutation testing of the scalar half, the sweeps and the checkpoint. It takes hours, and goes on where it was
     killed; `nox -s mutants -- tuner` takes one file."""
     install(session, "torch", *TESTS, "numpy", "ninja", "mutmut==3.8.1")
     session.run("python", str(ROOT / "tests" / "mutants.py"), str(ROOT / "out" / "mutants"), *session.posargs)
@@ -188,7 +188,7 @@ def build(session: nox.Session) -> None:
         "m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9)); "
         "[((p ** 2).sum().backward(), m.step(), m.zero_grad()) for _ in range(9)]; "
         "assert m.scale > 0; files = r.files(manic); "
-        "assert all((files / name).is_file() for name in ('py.typed', 'native.cpp')); "
+        "assert all((files / name).is_file() for name in ('py.typed', 'sweeps/native.cpp')); "
         "print(manic.__version__, float(m.scale))"
     )
     session.run("python", "-c", check)

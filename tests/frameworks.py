@@ -171,7 +171,7 @@ def accelerate(variant: str, folder: Path, what: str) -> tuple[nn.Module, Mechan
 
 def main(framework: str, folder: str, *phases: str) -> None:
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("error", "(?s).*(Mechanic|tuner|somebody else)")  # nothing that manic could complain of
+    warnings.filterwarnings("error", "(?s).*(Mechanic|tuner|something else|format 1)")  # what manic complains of
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     run = {"lightning": lightning, "trainer": trainer, "accelerate": accelerate}[framework]

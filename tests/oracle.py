@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 Vector = list[float]
 Update = Callable[[Vector, Vector, float], Vector]  # (x, g, factor of the schedule) -> u
+Edit = Callable[[Vector, int], Vector]  # (x, t) -> x
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -19,6 +20,11 @@ def dot(a: Vector, b: Vector) -> float:
 
 def norm(a: Vector) -> float:
     return math.sqrt(dot(a, a))
+
+
+def over(a: float, b: float) -> float:
+    """a / b, and 0 where b is 0."""
+    return a / b if b else 0.0
 
 
 def mechanic(
@@ -33,19 +39,26 @@ def mechanic(
     s_decay: float = 0.01,
     s_init: float | None = None,
     eps: float = 1e-8,
+    edit: Edit | None = None,
 ) -> Iterator[tuple[Vector, float]]:
     """Yields x and Σ s after every step.
 
-    "paper": Algorithm 1. "scale_free": docs/algorithm.md.
+    "paper": Algorithm 1. "scale_free": docs/algorithm.md. `edit` returns what somebody makes of x before step t, and
+    before the gradient of that step is taken; in "paper" x_ref is shifted by as much.
     """
     if variant == "scale_free":
-        yield from scale_free(x, gradient, base, schedule, steps, betas=betas, s_decay=s_decay, s_init=s_init)
+        yield from scale_free(
+            x, gradient, base, schedule, steps, betas=betas, s_decay=s_decay, s_init=s_init, edit=edit
+        )
         return
     n, ref = len(betas), list(x)
     delta = [0.0] * len(x)
     m, v, r, s = [0.0] * n, [0.0] * n, [0.0] * n, [0.0] * n
     bet = 1e-8 if s_init is None else s_init
     for t in range(steps):
+        if edit is not None:
+            before, x = x, edit(list(x), t)
+            ref = [xr + new - old for xr, new, old in zip(ref, x, before, strict=True)]
         g = gradient(x, t)
         total = math.fsum(s)
         h = dot(delta, [gi + s_decay * total * norm(g) / norm(x) * xi for gi, xi in zip(g, x, strict=True)])
@@ -72,24 +85,48 @@ def scale_free(
     betas: tuple[float, ...],
     s_decay: float,
     s_init: float | None,
+    edit: Edit | None = None,
 ) -> Iterator[tuple[Vector, float]]:
-    """The equations of docs/algorithm.md."""
-    n, origin, peak = len(betas), norm(x), 0.0
-    delta, kept = [0.0] * len(x), 0.0  # Δ; how much of ‖Δ‖ was there before the last update
+    """The equations of docs/algorithm.md, with one slot.
+
+    d = x - x_ref is what x has been moved, by the steps and by edits. Δ is d / S. S starts in the first step whose
+    update is not 0, when the base has stepped.
+    """
+    n, peak = len(betas), 0.0
+    ref: Vector = []
     m, v = [0.0] * n, [0.0] * n
-    total, size, largest, fade = 0.0, 0.0, 0.0, 1.0  # S; the mean ‖g‖; the largest update; the last fade
+    scale, size, largest = 0.0, 0.0, 0.0  # S; the mean ‖g‖; the largest update
+    # Of the last step: ‖d‖ before its update came in; by how much x was drawn back; the fade; ‖u‖; ‖x‖ at its begin.
+    kept, drawn, fade, update, x_norm = 0.0, 0.0, 0.0, 0.0, 0.0
     for t in range(steps):
+        if edit is not None:
+            x = edit(list(x), t)
+        if t == 0:
+            ref, origin = list(x), norm(x)
         g = gradient(x, t)
-        leap = max(1.0, schedule(t) / peak / 10) if peak else 1.0
-        delta, total, kept, largest = [leap * d for d in delta], total / leap, leap * kept, leap * largest
+        d = [xi - xr for xi, xr in zip(x, ref, strict=True)]
+
+        # An update has moved x by S·‖u‖ at most. What goes far beyond that replaced the weights.
+        growth = abs(over(norm(d), fade) - kept)
+        shift = abs(norm(x) - x_norm) - drawn
+        replaced = scale > 0 and max(growth, shift) > 3 * scale * update + 1e-5 * (norm(x) + norm(d))
+        x_norm = norm(x)
+        if replaced:
+            d, ref, growth = [0.0] * len(x), list(x), 0.0
+
+        leap = max(1.0, over(schedule(t), peak) / 10) if scale else 1.0
         m, v = [leap * mi for mi in m], [leap**2 * vi for vi in v]
-        largest = max(largest, abs(norm(delta) / fade - kept))
-        whole = (1 + origin) / largest if largest else 0.0
-        first = 1e-3 * whole if s_init is None else s_init
-        far = total * norm(delta) / norm(x)
-        h = dot(delta, [gi + s_decay * far * norm(g) / norm(x) * xi for gi, xi in zip(g, x, strict=True)])
+        scale, largest = scale / leap, leap * largest
+        largest = max(largest, over(growth, scale))
+        u = None if scale else base(x, g, schedule(t))
+        if u is not None:
+            largest = largest or norm(u)
+        whole = over(1 + origin, largest)
+        first = 1e-3 * whole if s_init is None else max(s_init, 1e-6 * whole)
+
+        pull = s_decay * over(norm(d), norm(x)) * over(norm(g), norm(x))
         size = size or norm(g)
-        h /= size
+        h = over(dot([over(1.0, scale) * di for di in d], [gi + pull * xi for gi, xi in zip(g, x, strict=True)]), size)
         size += 2 / (t + 2) * (min(norm(g), 2 * size) - size)
         usual = min(abs(h), 2 * max(m)) if any(m) else abs(h)
         step = wild = 0.0
@@ -102,18 +139,28 @@ def scale_free(
                 wild += abs(h) / (then or now) / n
                 step += usual / now / n if h < 0 else -h / (then or now) / n
         peak = max(peak, schedule(t))
-        share = schedule(t) / peak if peak else 0.0
-        before, total = total, max((total or first) * math.exp(share * max(step, -3)), min(1e-6 * whole, first))
-        ratio = total / before if before else 0.0
-        keep = min(ratio / 0.9, 1) / ratio if ratio else 0.0
+        share = over(schedule(t), peak)
+        before, scale = scale, max((scale or first) * math.exp(share * max(step, -3)), 1e-6 * whole)
         fade = 1.0 if share < 0.99 else (t + 2) / (t + 3)
-        u = base(x, g, schedule(t)) if wild < 2 else [0.0 * ui for ui in base(x, [0.0] * len(x), schedule(t))]
-        kept = keep * norm(delta)
-        whole = [keep * d + ui for d, ui in zip(delta, u, strict=True)]
-        ref = [xi - before * d + total * (1 - fade) * w for xi, d, w in zip(x, delta, whole, strict=True)]
-        delta = [fade * w for w in whole]
-        x = [xr + total * d for xr, d in zip(ref, delta, strict=True)]
-        yield x, total
+
+        outlier = wild >= 2
+        u = base(x, [0.0] * len(x) if outlier else g, schedule(t)) if u is None else u
+        update = norm(u)
+        if outlier:
+            u = [0.0 * ui for ui in u]
+        if before > 0 and not replaced:
+            # Where S falls by more than a tenth, x is drawn back along d.
+            back = min(scale / before / 0.9, 1.0)
+            drawn = (1 - back) * norm(d)
+            x = [xr + back * di for xr, di in zip(ref, d, strict=True)]
+            d = [back * di for di in d]
+        else:
+            drawn, d = norm(d), [0.0] * len(x)
+        kept = norm(d)
+        x = [xi + scale * ui for xi, ui in zip(x, u, strict=True)]
+        d = [fade * (di + scale * ui) for di, ui in zip(d, u, strict=True)]
+        ref = [xi - di for xi, di in zip(x, d, strict=True)]
+        yield x, scale
 
 
 def sgd(lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Update:

@@ -168,7 +168,8 @@ class Collectives(TorchDispatchMode):
 def run(kind: str, how: str, broken_at: str) -> dict[str, Any]:
     """A whole run; on the way, the collectives of one step."""
     # Unused parameters have no gradient. (FSDP1 gives them one of zeros: there they are frozen.)
-    one = Run(kind, frozen=kind == "fsdp1", store_delta=how != "recomputed")
+    options: dict[str, Any] = {"variant": "paper", "s_init": 1e-2} if how == "paper" else {}
+    one = Run(kind, frozen=kind == "fsdp1", **options)
     if how == "compiled":
         one.mechanic.compile()
     one.train(range(STEPS - 1), broken_at=int(broken_at))
@@ -357,7 +358,7 @@ def refused(checkpoint: str) -> dict[str, Any]:
     def poisoned(one: Run) -> None:
         state = copy.deepcopy(good.mechanic.state_dict())
         if rank == world - 1:
-            local(state["state"][0]["mechanic_delta"]).fill_(float("nan"))
+            local(state["state"][0]["mechanic_ref"]).fill_(float("nan"))
         one.mechanic.load_state_dict(state)
 
     def alone(one: Run) -> None:
@@ -413,7 +414,7 @@ def equal(some: list[Tensor], others: list[Tensor]) -> bool:
 
 def main(rank: str, world: str, folder: str) -> None:
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("error", "(?s).*(Mechanic|tuner|somebody else)")  # nothing that manic could complain of
+    warnings.filterwarnings("error", "(?s).*(Mechanic|tuner|something else|format 1)")  # what manic complains of
     torch.set_num_threads(1)
     rendezvous = f"file://{Path(folder).absolute() / 'rendezvous'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=int(rank), world_size=int(world))

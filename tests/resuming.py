@@ -45,7 +45,6 @@ class Case(NamedTuple):
     optimizer: str
     scheduler: str
     variant: str
-    store_delta: bool
     dtype: torch.dtype
 
     @property
@@ -54,16 +53,17 @@ class Case(NamedTuple):
 
 
 def cases(optimizer: str) -> list[Case]:
-    storage = [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)]  # bf16 cannot be recomputed
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     schedulers = ("none", "cosine", "onecycle", "sequential")
-    product = itertools.product(schedulers, ("scale_free", "paper"), storage)
-    return [Case(optimizer, scheduler, variant, *stored) for scheduler, variant, stored in product]
+    product = itertools.product(schedulers, ("scale_free", "paper"), dtypes)
+    return [Case(optimizer, *rest) for rest in product]
 
 
 class Run:
     """A tiny network, or an embedding with sparse gradients, with its Mechanic."""
 
     def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
         generator = torch.Generator().manual_seed(seed)
         shapes = [(6, 5), (5, 3)]
         self.sparse = case.optimizer == "SparseAdam"
@@ -75,7 +75,7 @@ class Run:
         self.closure = case.optimizer == "LBFGS"
         schedule = self.schedule(case.scheduler, base)
         start = {"s_init": 1e-2} if case.variant == "paper" else {}
-        self.mechanic = Mechanic(base, schedule, variant=case.variant, store_delta=case.store_delta, **start)
+        self.mechanic = Mechanic(base, schedule, variant=case.variant, **start)
 
     @staticmethod
     def schedule(name: str, base: torch.optim.Optimizer) -> Any:

@@ -16,8 +16,24 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manic import Mechanic, sweeps
-from manic.storage import DELTA, REF, Slot, column, layout_of, local, shards, signature, slots
+from manic import Mechanic
+from manic.parameters import (
+    DELTA,
+    REF,
+    REST,
+    SLOT,
+    ParamState,
+    collect,
+    column,
+    layout_of,
+    local,
+    shards,
+    signature,
+    split,
+)
+from manic.sweeps import eager
+from manic.sweeps.passes import ENTERED_SQ, MEMBERS, NUMEL, Passes, _alike, grouped
+from manic.tuner import Sums
 
 STEPS = 200
 WILD = 60  # the step whose gradient is, where that is asked for
@@ -49,6 +65,13 @@ BASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[[], oracle
 }
 
 
+def as_held(base: oracle.Update, dtype: torch.dtype) -> oracle.Update:
+    """u as x_t + u_t holds it in float64: beside x an update of 1e-7 has lost half of its digits."""
+    if dtype != torch.float64:
+        return base
+    return lambda x, g, factor: [(xi + ui) - xi for xi, ui in zip(x, base(x, g, factor), strict=True)]
+
+
 def run_both(
     problem: Problem,
     base: str,
@@ -77,7 +100,7 @@ def run_both(
         return [g * (wild if t == WILD else 1) for g in problem.gradient(x, t)]
 
     start = flat(problem.parameters(dtype)).tolist()
-    trace = oracle.mechanic(start, gradient, update(), lambda t: factor(t) / unit, STEPS, **options)
+    trace = oracle.mechanic(start, gradient, as_held(update(), dtype), lambda t: factor(t) / unit, STEPS, **options)
     *_, (x, scale) = trace
     assert scale > 1e-4, "the scale never started: the comparison would be vacuous"
     return gap(flat(parameters).detach(), x, start), abs(mechanic.scale.item() * unit - scale) / scale
@@ -134,11 +157,10 @@ def test_a_wild_gradient_is_its_own_equations(problem: Problem, base: str, unit:
     assert scale_gap < 1e-9
 
 
-@pytest.mark.parametrize("store_delta", [True, False], ids=["stored", "recomputed"])
-def test_a_wild_gradient_is_not_followed(problem: Problem, store_delta: bool) -> None:
+def test_a_wild_gradient_is_not_followed(problem: Problem) -> None:
     """It pointed up the hill that was climbed down: x goes back towards x_ref, and the base has seen zeros."""
     parameters = problem.parameters(torch.float64)
-    mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), store_delta=store_delta)
+    mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
     problem.train(parameters, mechanic, WILD)
     refs = [mechanic.state[p]["mechanic_ref"].clone() for p in parameters]
     deltas = [(p - ref) / mechanic.scale for p, ref in zip(parameters, refs, strict=True)]
@@ -164,7 +186,7 @@ def test_the_lr_is_falling_where_that_of_every_group_is(problem: Problem, per_gr
     mechanic = Mechanic(torch.optim.AdamW(groups), per_group=per_group)
 
     def fades() -> list[bool]:
-        return (mechanic._read("fade") < 1).tolist()
+        return (mechanic._run.read("fade") < 1).tolist()
 
     problem.train(parameters, mechanic, 5)
     assert fades() == [True] * (1 + per_group)
@@ -174,7 +196,7 @@ def test_the_lr_is_falling_where_that_of_every_group_is(problem: Problem, per_gr
     mechanic.param_groups[1]["lr"] = mechanic.param_groups[1]["lr"] / 2
     problem.train(parameters, mechanic, 2)
     assert fades() == [False] * (1 + per_group)
-    assert mechanic._read("peak").tolist() == pytest.approx([1 / 3, 1.0] if per_group else [1.0])
+    assert mechanic._run.read("peak").tolist() == pytest.approx([1 / 3, 1.0] if per_group else [1.0])
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -280,129 +302,117 @@ def test_per_group_is_one_mechanic_per_group(problem: Problem, variant: str) -> 
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_recomputed_delta_starts_and_follows_the_stored_one(problem: Problem, base: str) -> None:
-    losses = []
-    for store_delta in (True, False):
-        parameters = problem.parameters()
-        mechanic = Mechanic(INVARIANT[base](parameters, 1e-3), store_delta=store_delta)
-        problem.train(parameters, mechanic, 400)
-        losses.append(sum(problem.loss(parameters, t).item() for t in range(4)))
+def test_a_run_starts_in_the_first_step_whose_update_is_not_0(problem: Problem, base: str) -> None:
+    """And follows it: by 1e-3·(1 + ‖x_ref‖), or by s_init, but at least by 1e-6·(1 + ‖x_ref‖)."""
+    for warm, options in ((1, {}), (4, {}), (1, {"s_init": 1e-3}), (1, {"s_init": 1e-9})):
+        parameters = problem.parameters(torch.float64)
+        optimizer = INVARIANT[base](parameters, 1e-2)
+        mechanic = Mechanic(optimizer, LambdaLR(optimizer, lambda t, warm=warm: float(t + 1 >= warm)), **options)
+        start = flat(parameters).detach().clone()
+        problem.train(parameters, mechanic, warm - 1)
+        assert torch.equal(flat(parameters), start)
+        assert mechanic.scale == 0
+        problem.train(parameters, mechanic, range(warm - 1, warm))
         assert mechanic.scale > 0
-        assert ("mechanic_delta" in mechanic.state[parameters[0]]) == store_delta
-    start = sum(problem.loss(problem.parameters(), t).item() for t in range(4))
-    assert losses[0] < 0.3 * start
-    assert losses[1] - losses[0] < 0.05 * (start - losses[0])
-
-
-def test_recomputed_delta_starts_when_the_schedule_starts_at_zero(problem: Problem) -> None:
-    parameters = problem.parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=1.0)
-    mechanic = Mechanic(optimizer, LambdaLR(optimizer, lambda t: min(1.0, t / 20)), store_delta=False)
-    problem.train(parameters, mechanic, 60)
-    assert mechanic.scale > 0
-    gap(flat(parameters).detach(), flat(parameters).detach(), problem.start)  # it moved
+        moved = (flat(parameters).detach() - start).norm() / (1 + start.norm())
+        if options.get("s_init") == 1e-3:
+            assert mechanic.scale.item() == pytest.approx(1e-3)
+        else:
+            assert moved.item() == pytest.approx(1e-6 if options else 1e-3)
 
 
 # ---------------------------------------------------------------- the sweeps
 
 
-def slot(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> Slot:
+def a_state(n: int, dtype: torch.dtype = torch.float32, **changes: Any) -> ParamState:
     generator = torch.Generator().manual_seed(0)
     p, g = (torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    ref, delta = p.to(torch.promote_types(dtype, torch.float32)), torch.zeros(n)
-    return Slot(**{"param": nn.Parameter(p), "grad": g, "sign": 1.0, "index": 0, "ref": ref, "delta": delta, **changes})
+    rest = torch.zeros(n, dtype=torch.int16) if dtype == torch.bfloat16 else None
+    given = {"param": nn.Parameter(p), "grad": g, "sign": 1.0, "index": 0, "slot": torch.zeros(n), "rest": rest}
+    return ParamState(**given | changes)
 
 
-@pytest.mark.parametrize(
-    ("x", "words"),
-    [
-        (torch.linspace(1, 2, 8), torch.int64),
-        (torch.linspace(1, 2, 10)[2:], torch.int64),
-        (torch.linspace(1, 2, 8, dtype=torch.float64), torch.int64),
-        (torch.linspace(1, 2, 8, dtype=torch.bfloat16), torch.int64),
-        # what is not whole words of 64 bits, end to end and from the start
-        (torch.linspace(1, 2, 7), torch.int32),
-        (torch.linspace(1, 2, 9)[1:], torch.int32),
-        (torch.linspace(1, 2, 16)[::2], torch.int32),
-        (torch.linspace(1, 2, 8).view(2, 4).T, torch.int32),
-        (torch.linspace(1, 2, 8).view(2, 4), torch.int32),
-        (torch.linspace(1, 2, 6, dtype=torch.bfloat16), torch.int16),
-        (torch.linspace(1, 2, 8, dtype=torch.float64).view(2, 4).T, torch.int64),
-    ],
-    ids=str,
-)
-def test_the_sum_of_the_bits(x: torch.Tensor, words: torch.dtype) -> None:
-    row = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1)
-    weighted, bits = sweeps._checksums(x, row)
-    assert torch.equal(bits, x.contiguous().view(-1).view(words).sum())
-    assert not torch.equal(weighted, sweeps._checksums(x, row.flip(0))[0])  # the order counts
+def sums_of(*states: ParamState, difference: bool = True, scales: int = 1) -> torch.Tensor:
+    ((_, sums),) = Passes([*states], difference=difference).measure(torch.zeros(scales, dtype=torch.float64))
+    return sums
 
 
 def test_what_counts_of_an_update() -> None:
     given = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -2.0])
-    for counts, wanted in ((None, [0, 0, 0, 1e38, -2]), (True, [0, 0, 0, 1e38, -2]), (False, [0] * 5)):
-        update = given.clone()
-        found = sweeps._finite(update, None if counts is None else torch.tensor(counts))
-        assert found is update
-        assert torch.equal(found, torch.tensor(wanted, dtype=torch.float32))
+    one = a_state(5, copy=torch.zeros(5), param=nn.Parameter(given))
+    (piece,) = eager.pieces([one])
+    assert eager.update(piece).tolist() == pytest.approx([0, 0, 0, 1e38, -2])
 
 
 def test_small_tensors_are_taken_together() -> None:
     """As many as fill PACKED, and not one element more; large and empty ones are alone."""
-    sizes = [sweeps.SMALL] * 5 + [sweeps.SMALL + 1, 0, 1]
-    groups = sweeps.grouped([slot(n) for n in sizes])
-    found = sorted([one.param.numel() for one in group.slots] for group in groups)
-    assert found == [[0], [sweeps.SMALL, 1], [sweeps.SMALL] * 4, [sweeps.SMALL + 1]]
+    sizes = [eager.SMALL] * 5 + [eager.SMALL + 1, 0, 1]
+    groups = grouped([a_state(n) for n in sizes])
+    found = sorted([one.param.numel() for one in group.states] for group in groups)
+    assert found == [[0], [eager.SMALL, 1], [eager.SMALL] * 4, [eager.SMALL + 1]]
     assert sorted(group.numel for group in groups) == sorted(map(sum, found))
-    assert 4 * sweeps.SMALL == sweeps.PACKED
+    assert 4 * eager.SMALL == eager.PACKED
 
 
 def test_sums_by_learned_scale() -> None:
-    """The number of elements, and ‖u‖² of what is recomputed: over all parameters of a scale."""
-    groups = sweeps.grouped([slot(n, delta=None, index=i) for n, i in ((3, 0), (4, 0), (20_000, 1))])
-    sums = sweeps.measure(groups, torch.zeros(2, dtype=torch.float64), {})
-    assert sums[:, sweeps.NUMEL].tolist() == [7, 20_000]
-    for group in groups:
-        for one in group.slots:
-            one.param.data += 2.0
-    update_sq, _ = sweeps.move(groups, sweeps.still(torch.ones(2, dtype=torch.float64)), None, {})
-    assert update_sq.tolist() == pytest.approx([4 * 7, 4 * 20_000], rel=1e-5)
-
-
-def test_a_recomputed_delta_is_held_while_its_scale_changes() -> None:
-    """x_ref moves instead. Where S was 0, so was Δ."""
-    x = torch.tensor([[3.0, -1.0, 2.0]])
-    sat_out = [slot(1, param=nn.Parameter(x.clone()), ref=torch.ones(1, 3), delta=None, index=i) for i in (0, 1)]
-    before, after = torch.tensor([0.5, 0.0]), torch.tensor([2.0, 4.0])
-    sweeps.hold(sat_out, before, after)
-    delta = torch.tensor([[4.0, -4.0, 2.0]])  # (x - 1) / 0.5
-    assert torch.equal(sat_out[0].ref + 2 * delta, x)
-    assert torch.equal(sat_out[1].ref, x)
-    assert all(torch.equal(one.param, x) for one in sat_out)
+    """Over all parameters of a scale; what is maximized counts the other way in <d,g> alone."""
+    kinds = ((3, 0, 1.0, False), (4, 0, -1.0, True), (20_000, 1, -1.0, False))
+    states = [a_state(n, index=i, sign=sign, entering=new, member=float(n)) for n, i, sign, new in kinds]
+    sums = sums_of(*states, scales=2)
+    assert sums[:, NUMEL].tolist() == sums[:, MEMBERS].tolist() == [7, 20_000]
+    alone = [sums_of(a_state(n))[0] for n, *_ in kinds]
+    torch.testing.assert_close(sums[0, 0], alone[0][0] - alone[1][0])
+    torch.testing.assert_close(sums[0, 1:5], alone[0][1:5] + alone[1][1:5])
+    assert sums[:, ENTERED_SQ].tolist() == [alone[1][Sums._fields.index("x_sq")], 0]
+    assert sums[1, 0] == -alone[2][0]
+    assert torch.equal(sums[1, 1:5], alone[2][1:5])
 
 
 def test_which_parameters_take_part() -> None:
-    """Those that have a gradient or had one; what never had one stands in nobody's way."""
-    never, now, sits_out = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    now.grad = torch.ones(2)
-    state = {sits_out: {REF: torch.zeros(2), DELTA: torch.ones(2)}}
-    groups = [{"params": [never, now]}, {"params": [never, sits_out], "maximize": True}]
-    for per_group in (True, False):
-        one, other = slots(groups, state, store_delta=True, per_group=per_group)
-        assert (one.param is now, one.grad is now.grad, one.sign, one.index, one.entering) == (True, True, 1, 0, True)
-        assert torch.equal(one.ref, now)
-        assert torch.equal(one.delta, torch.zeros(2))
-        assert (other.param is sits_out, other.grad, other.sign, other.entering) == (True, None, -1, False)
-        assert other.index == (1 if per_group else 0)
-        assert other.ref is state[sits_out][REF]
-        assert other.delta is state[sits_out][DELTA]
+    """Those that have a gradient; each is known again by its place among all."""
+    never, now, stays = (nn.Parameter(torch.ones(2).bfloat16()) for _ in range(3))
+    now.grad, stays.grad = torch.ones(2).bfloat16(), torch.ones(2).bfloat16()
+    members = set()
+    for variant, slot in SLOT.items():
+        kept = {slot: torch.zeros(2), REST: torch.ones(2, dtype=torch.int16)}
+        state = {stays: kept, never: {slot: torch.zeros(2)}}
+        groups = [{"params": [never, now]}, {"params": [never, stays], "maximize": True}]
+        for per_group in (True, False):
+            one, other = collect(groups, state, variant, per_group=per_group)
+            assert (one.param is now, one.grad is now.grad, one.sign, one.index) == (True, True, 1, 0)
+            assert one.entering
+            assert torch.equal(one.slot, torch.full((2,), float(variant == "scale_free")))
+            assert torch.equal(one.rest, torch.zeros(2, dtype=torch.int16))
+            assert (other.param is stays, other.sign, other.entering) == (True, -1, False)
+            assert other.index == (1 if per_group else 0)
+            assert other.slot is kept[slot]
+            assert other.rest is kept[REST]
+            members |= {one.member, other.member}
+    assert len(members) == 2
+    assert state == {stays: kept, never: state[never]}
+
+
+@pytest.mark.parametrize("variant", ["paper", "scale_free"])
+def test_a_parameter_that_has_no_gradient_keeps_x_and_its_slot(problem: Problem, variant: str) -> None:
+    parameters = problem.parameters()
+    mechanic = Mechanic(torch.optim.SGD(parameters, lr=0.1), variant=variant)
+    problem.train(parameters, mechanic, 20)
+    kept = [t.clone() for t in (parameters[1], mechanic.state[parameters[1]][SLOT[variant]], mechanic.scale)]
+    for t in range(20):
+        mechanic.zero_grad()
+        problem.loss(parameters, t).backward()
+        parameters[1].grad = None
+        mechanic.step()
+    assert mechanic.scale != kept[-1]
+    assert torch.equal(parameters[1], kept[0])
+    assert torch.equal(mechanic.state[parameters[1]][SLOT[variant]], kept[1])
 
 
 def test_a_gradient_that_is_placed_otherwise() -> None:
     """It follows its parameter. (DTensors themselves: nox -s distributed.)"""
 
     class Placed:
-        device_mesh, shape = None, torch.Size([2])
+        device_mesh, shape, dtype = None, torch.Size([2]), torch.float32
 
         def __init__(self, *placements: Any, grad: Any = None) -> None:
             self.placements, self.grad = placements, grad
@@ -411,9 +421,9 @@ def test_a_gradient_that_is_placed_otherwise() -> None:
             return "moved", placements
 
     alike = Placed(Shard(0))
-    for grad, wanted in ((Placed(Replicate()), ("moved", (Shard(0),))), (alike, alike), (None, None)):
+    for grad, wanted in ((Placed(Replicate()), ("moved", (Shard(0),))), (alike, alike)):
         p = Placed(Shard(0), grad=grad)
-        (one,) = slots([{"params": [p]}], {p: {REF: torch.ones(2)}}, store_delta=True, per_group=False)
+        (one,) = collect([{"params": [p]}], {p: {REF: torch.ones(2)}}, "scale_free", per_group=False)
         assert one.grad == wanted
         assert one.layout == (None, (True,))
 
@@ -428,6 +438,7 @@ def test_a_gradient_that_is_placed_otherwise() -> None:
         lambda p, state: setattr(p, "data", p.data.t().contiguous().t()),
         lambda p, state: state[p].update({REF: torch.ones(2, 3)}),
         lambda p, state: state[p].update({DELTA: torch.ones(2, 3)}),
+        lambda p, state: state[p].update({REST: torch.ones(2, 3)}),
         lambda p, state: state.pop(p),
         lambda p, state: state[p].clear(),
     ],
@@ -435,7 +446,7 @@ def test_a_gradient_that_is_placed_otherwise() -> None:
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_decides_how_parameters_are_taken_together(change: Any, which: int) -> None:
     parameters = [nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
-    state = {p: {REF: torch.zeros(2, 3), DELTA: torch.zeros(2, 3)} for p in parameters}
+    state = {p: {key: torch.zeros(2, 3) for key in (REF, DELTA, REST)} for p in parameters}
     state_before = [dict(entries) for entries in state.values()]  # what is replaced lives on, and so do the ids
     found = []
     for i in range(3):
@@ -481,18 +492,18 @@ def test_over_how_many_processes_a_parameter_is_cut() -> None:
     plain = torch.ones(3)
     placed: Any = SimpleNamespace(to_local=lambda: plain)
     assert local(placed) is local(plain) is plain
-    assert column([slot(1, ref=placed, layout=layout_of(p))] * 2, "ref") == [plain, plain]
-    assert column([slot(1, ref=placed)], "ref") == [placed]
+    assert column([a_state(1, slot=placed, layout=layout_of(p))] * 2, "slot") == [plain, plain]
+    assert column([a_state(1, slot=placed)], "slot") == [placed]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_many_elements_keep_their_digits(dtype: torch.dtype) -> None:
     """10 million squares, as exactly as the worst torch.dot of a piece, which is more or less by processor."""
-    one = slot(10_000_000, dtype)
-    sums = sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0]
+    one = a_state(10_000_000, dtype)
+    sums = sums_of(one)[0]
     for values, found in ((one.param.detach(), sums[3]), (one.grad, sums[2])):
         assert values is not None
-        pieces = values.float().split(sweeps.PIECE)
+        pieces = values.float().split(eager.PIECE)
         exact = [piece.double().square().sum().item() for piece in pieces]
         worst = max(abs(torch.dot(piece, piece).item() / total - 1) for piece, total in zip(pieces, exact, strict=True))
         assert abs(found.item() / sum(exact) - 1) <= worst < 1e-4
@@ -500,34 +511,32 @@ def test_sums_over_many_elements_keep_their_digits(dtype: torch.dtype) -> None:
 
 def test_pieces_are_added_up_in_float64() -> None:
     """A piece of 1e8 and 40 of 1: in float32 the ones would be lost."""
-    p = torch.cat([torch.full((1,), 1e4), torch.zeros(sweeps.PIECE - 1), *[torch.eye(1, sweeps.PIECE)[0]] * 40])
-    one = slot(1, param=nn.Parameter(p), grad=p, ref=p.clone(), delta=torch.zeros_like(p))
-    assert sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0][3].item() == 1e8 + 40
+    p = torch.cat([torch.full((1,), 1e4), torch.zeros(eager.PIECE - 1), *[torch.eye(1, eager.PIECE)[0]] * 40])
+    assert sums_of(a_state(1, param=nn.Parameter(p), grad=p, slot=p.clone()))[0, 3].item() == 1e8 + 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])
-def test_sums_of_a_sparse_gradient_are_those_of_a_dense_one(dtype: torch.dtype, stored: bool) -> None:
+@pytest.mark.parametrize("difference", [True, False], ids=["x_ref kept", "delta kept"])
+def test_sums_of_a_sparse_gradient_are_those_of_a_dense_one(dtype: torch.dtype, difference: bool) -> None:
     """Of several pieces, a large and a small one among them, so that float32 would not do for their sum.
 
     To 1e-5: so exact is a float32 dot of these in whatever order a processor adds up.
     """
-    x = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    stored, rest = split(x, dtype)
     rows = torch.arange(0, 500, 2)
     values = torch.zeros(250, 300, dtype=dtype)
-    values[0, 0], values.view(-1)[sweeps.PIECE + 1 :] = 2**13, 1
-    dense = torch.zeros_like(x).index_copy_(0, rows, values)
+    values[0, 0], values.view(-1)[eager.PIECE + 1 :] = 2**13, 1
+    dense = torch.zeros_like(stored).index_copy_(0, rows, values)
     delta = torch.linspace(1, 2, x.numel()).view_as(x)
-    sums = []
-    for g in (dense, torch.sparse_coo_tensor(rows[None], values, x.shape, check_invariants=True)):
-        ref = x.float() - delta / 2 + stored  # which shows where Δ is not recomputed
-        one = slot(1, param=nn.Parameter(x), grad=g, ref=ref, delta=delta if stored else None)
-        sums.append(sweeps.measure(sweeps.grouped([one]), torch.full((1,), 0.5, dtype=torch.float64), {})[0])
+    slot = x - delta if difference else delta
+    sums = [
+        sums_of(a_state(1, param=nn.Parameter(stored), grad=g, slot=slot, rest=rest), difference=difference)[0]
+        for g in (dense, torch.sparse_coo_tensor(rows[None], values, x.shape, check_invariants=True))
+    ]
     torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=0)
-    assert sums[1][2].item() == 2**26 + values.numel() - sweeps.PIECE - 1 == 2**26 + 9463
-    assert sums[1][0].item() == pytest.approx(
-        (delta * dense.float()).double().sum().item(), rel=1e-5 if stored else 1e-2
-    )
+    assert sums[1][2].item() == 2**26 + values.numel() - eager.PIECE - 1 == 2**26 + 9463
+    assert sums[1][0].item() == pytest.approx((delta * dense.float()).double().sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -540,30 +549,32 @@ def test_tensors_that_lie_in_different_orders_are_cut_alike_along_the_longest_di
 ) -> None:
     x = torch.zeros(shape)
     other = torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1])
-    pieces = list(sweeps._pieces(x, None, other))
-    assert len(pieces) == x.numel() // sweeps.PIECE
-    assert {a.shape for a, _, _ in pieces} == {piece}
-    for a, none, b in pieces:
-        assert (none, a.shape) == (None, b.shape)
-        a += 1
-        b += a
+    pieces = list(eager.pieces([a_state(1, param=nn.Parameter(x), grad=None, slot=other, copy=x)]))
+    assert len(pieces) == x.numel() // eager.PIECE
+    assert {one.param.shape for one in pieces} == {piece}
+    for one in pieces:
+        assert (one.grad, one.rest, one.param.shape) == (None, None, one.slot.shape)
+        one.param.add_(1)
+        one.slot.add_(one.param)
     assert bool((x == 1).all() and (other == 1).all())
 
 
 def test_pieces_of_what_is_small_or_not_dense() -> None:
-    assert list(sweeps._pieces(torch.zeros(0, 3))) == []
-    assert [piece[0].shape for piece in sweeps._pieces(torch.zeros(()))] == [(1,)]
-    every_other = torch.zeros(2 * sweeps.PIECE + 10)[::2]
-    assert [piece[0].numel() for piece in sweeps._pieces(every_other)] == [sweeps.PIECE, 5]
+    def sizes(t: torch.Tensor) -> list[torch.Size]:
+        return [piece.param.shape for piece in eager.pieces([a_state(1, param=t, grad=t, slot=t, copy=t)])]
+
+    assert sizes(torch.zeros(0, 3)) == []
+    assert sizes(torch.zeros(())) == [(1,)]
+    assert sizes(torch.zeros(2 * eager.PIECE + 10)[::2]) == [(eager.PIECE,), (5,)]
 
 
-@pytest.mark.parametrize("other", ["g", "ref", "delta"])
+@pytest.mark.parametrize("other", ["g", "slot", "rest"])
 def test_what_may_go_through_one_kernel_together(other: str) -> None:
     """All dense and in one order, whichever; x and g of one dtype; no view that is negated."""
 
     def alike(make: Callable[[], torch.Tensor], odd: torch.Tensor) -> bool:
-        tensors = {name: make() for name in ("x", "g", "ref", "delta")} | {other: odd}
-        return sweeps._alike(**tensors)
+        tensors = {name: make() for name in ("x", "g", "slot", "rest")} | {other: odd}
+        return _alike(*tensors.values())
 
     x = torch.zeros(4, 6)
     assert alike(lambda: x, x)
@@ -577,40 +588,14 @@ def test_what_may_go_through_one_kernel_together(other: str) -> None:
         assert not alike(lambda: x, torch._neg_view(x))
 
 
-def test_a_recomputed_delta_is_zero_where_the_scale_is() -> None:
-    x, ref = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0])
-    assert sweeps._recomputed(x, ref, torch.tensor(0.0)).tolist() == [0, 0]
-    assert sweeps._recomputed(x, ref, torch.tensor(0.5)).tolist() == [2, 0]
-
-
-@pytest.mark.parametrize("counts", [None, True, False])
-def test_moves_where_delta_is_recomputed(counts: bool | None) -> None:
-    """In several pieces: ‖u‖² is theirs together; and what does not count leaves x to the bit."""
-    x = torch.randn(sweeps.PIECE + 9, generator=torch.Generator().manual_seed(0))
-    one = slot(1, param=nn.Parameter(x.clone()), grad=x, ref=x - 0.1, delta=None)
-    groups, scale = sweeps.grouped([one]), torch.full((1,), 0.3, dtype=torch.float64)
-    sweeps.measure(groups, scale, {})
-    with torch.no_grad():
-        one.param += 2
-    counted = None if counts is None else torch.tensor([counts])
-    update_sq, _ = sweeps.move(groups, sweeps.still(scale), counted, {})
-    if counts is False:
-        assert update_sq.item() == 0
-        assert torch.equal(one.param, x)
-    else:
-        assert update_sq.item() == pytest.approx(4 * x.numel(), rel=1e-5)  # a dot of 64 Ki, in whatever order
-        torch.testing.assert_close(one.param.detach(), x + 0.3 * 2)
-
-
 def test_no_block_is_larger_than_128_ki(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     dot = torch.dot
     monkeypatch.setattr(torch, "dot", lambda a, b: sizes.append(a.numel()) or dot(a, b))
     wide = torch.randn(400, 3000).t()  # a transposed view: neither flat nor cut along dimension 0
     for p in (torch.randn(300_001), torch.randn(8, 3, 200, 200).to(memory_format=torch.channels_last), wide):
-        one = slot(1, param=nn.Parameter(p), grad=torch.ones_like(p), ref=p.clone(), delta=torch.zeros_like(p))
-        sums = sweeps.measure(sweeps.grouped([one]), torch.zeros(1, dtype=torch.float64), {})[0]
-        assert sums[2].item() == p.numel()
+        one = a_state(1, param=nn.Parameter(p), grad=torch.ones_like(p), slot=p.clone())
+        assert sums_of(one)[0, 2].item() == p.numel()
     assert max(sizes) <= 128 * 1024
 
 
@@ -629,20 +614,19 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
-def test_step_reads_two_flags_in_host_memory(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"per_group": True}], ids=str)
+def test_step_reads_one_flag_in_host_memory(trained: Any, problem: Problem, options: dict[str, Any]) -> None:
     parameters, mechanic = trained(torch.optim.SGD, 5, **options)
     problem.loss(parameters, 5).backward()
     with Watch() as watch:
         mechanic.step()
-    reads = ["aten.equal.default"] * ("store_delta" not in options) + ["aten.nonzero.default"]
-    assert sorted(set(watch.reads)) == reads, "only whether somebody edited x, and whether the step counts; on the CPU"
+    assert set(watch.reads) == {"aten.nonzero.default"}, "only whether the step counts; on the CPU"
     with Watch() as watch:
         mechanic.scale.sum().item()
     assert len(watch.reads) == 1, "the watch sees a read when there is one"
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"store_delta": False}, {"per_group": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"variant": "paper"}, {"per_group": True}], ids=str)
 def test_step_reads_nothing_back_from_a_device(options: dict[str, Any]) -> None:
     """On the meta device there is nothing to read: any look at a value raises."""
     parameters = [nn.Parameter(torch.empty(5, 3, device="meta")), nn.Parameter(torch.empty(4, device="meta"))]
@@ -664,81 +648,40 @@ def test_the_accumulators_live_on_the_device_that_was_asked_for() -> None:
     assert mechanic.scale.device.type == "meta"
 
 
+@pytest.mark.parametrize("variant", ["paper", "scale_free"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64])
-def test_dtypes_of_the_state(dtype: torch.dtype) -> None:
+def test_dtypes_of_the_state(dtype: torch.dtype, variant: str) -> None:
+    """One slot, in float32 or better; and what bfloat16 and float16 cannot hold of x."""
     p = nn.Parameter(torch.randn(4, dtype=torch.float32).to(dtype))
-    mechanic = Mechanic(torch.optim.SGD([p], lr=0.1))
+    mechanic = Mechanic(torch.optim.SGD([p], lr=0.1), variant=variant)
     for _ in range(3):
         p.grad = torch.ones_like(p)
         mechanic.step()
-    wide = {torch.float64: torch.float64, torch.complex64: torch.complex64}.get(dtype, torch.float32)
-    assert {mechanic.state[p][key].dtype for key in ("mechanic_ref", "mechanic_delta")} == {wide}
+    slot = {torch.float64: torch.float64, torch.complex64: torch.complex64}.get(dtype, torch.float32)
+    rest = {torch.bfloat16: torch.int16, torch.float16: torch.float32}.get(dtype)
+    found = {key: t.dtype for key, t in mechanic.state[p].items() if key.startswith("mechanic")}
+    assert found == {SLOT[variant]: slot} | ({} if rest is None else {REST: rest})
     assert mechanic.scale.dtype == torch.float64
-    assert math.isfinite(mechanic.scale.item())
+    assert 0 < mechanic.scale.item() < math.inf
 
 
 def test_float32_would_not_hold_the_betas() -> None:
     """Why the accumulators are float64: in float32 the slowest one would decay by 1 % too fast."""
     assert abs((1 - torch.tensor(0.999999, dtype=torch.float32).double().item()) / 1e-6 - 1) > 0.01
     p = nn.Parameter(torch.ones(3))
-    assert Mechanic(torch.optim.SGD([p], lr=0.1))._betas[-1].item() == 0.999999
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [[200_001], [64, 1, 7, 300], [9_000, 30, 200_000]], ids=str)
-def test_the_smallest_edit_of_one_element_is_seen_and_without_edits_nobody_looks(
-    sizes: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last digit of one element is lost in <Δ,x> and in ‖x‖², but not in the checksum of the bits."""
-    looks = []
-    anchor = sweeps._anchor
-    monkeypatch.setattr(sweeps, "_anchor", lambda *given: looks.append(given) or anchor(*given))
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
-    mechanic = Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
-
-    def step() -> int:
-        looks.clear()
-        for p in parameters:
-            p.grad = p.detach().clone()
-        mechanic.step()
-        return len(looks)
-
-    assert [step() for _ in range(6)] == [1, 0, 0, 0, 0, 0]
-    p = parameters[0]
-    with torch.no_grad():
-        p[-1] = torch.nextafter(p[-1], torch.tensor(9.0, dtype=dtype))
-    assert [step(), step()] == [1, 0]
-    words = 8 // p.element_size()  # an exchange of whole words leaves the sum of the bits as it is
-    p.data[: 2 * words] = p.data[: 2 * words].roll(words)
-    assert [step(), step()] == [1, 0]
-
-
-def test_what_was_left_of_one_parameter_says_nothing_of_its_twin() -> None:
-    """Equal x and Δ, but x_ref of the twin, which sat out while S changed, must give way."""
-    one, twin = (slot(10, ref=torch.zeros(10)) for _ in range(2))
-    scale = torch.ones(1, dtype=torch.float64)
-    _, carried = sweeps.move(sweeps.grouped([one]), sweeps.still(scale), None, {})
-    twin.param.data.copy_(one.param)
-    twin.delta.copy_(one.delta)
-    refs = one.ref.clone(), twin.ref.clone()
-    sweeps.measure(sweeps.grouped([one]), scale, carried)
-    sweeps.measure(sweeps.grouped([twin]), 2 * scale, carried)
-    assert torch.equal(one.ref, refs[0])
-    torch.testing.assert_close(twin.ref, twin.param.detach() - 2 * twin.delta)
-    assert not torch.equal(twin.ref, refs[1])
+    assert Mechanic(torch.optim.SGD([p], lr=0.1))._run._mode._betas[-1].item() == 0.999999
 
 
 def test_putting_many_small_tensors_together_looks_at_each_a_few_times() -> None:
     looks = 0
 
-    class Watched(Slot):
+    class Watched(ParamState):
         def __getattribute__(self, name: str) -> Any:
             nonlocal looks
-            looks += name == "ref"
+            looks += name == "slot"
             return super().__getattribute__(name)
 
-    watched = [Watched(*(vars(slot(1))[name] for name in ("param", "grad", "sign", "index", "ref", "delta")))] * 1000
-    (group,) = sweeps.grouped(watched)
-    assert len(group.slots) == group.numel == 1000
+    watched = [Watched(*(vars(a_state(1))[name] for name in ("param", "grad", "sign", "index", "slot")))] * 1000
+    (group,) = grouped(watched)
+    assert len(group.states) == group.numel == 1000
     assert looks < 10 * 1000

@@ -276,7 +276,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"per_group": True}, {"variant": "paper"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"per_group": True}, {"variant": "paper"}], ids=str)
 def test_deterministic_algorithms(options: dict[str, Any]) -> None:
     """Nothing is refused, and two runs give the same bits."""
     runs = []

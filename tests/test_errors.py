@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from resuming import same
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
@@ -94,15 +95,20 @@ def test_schedulers_that_cannot_be_inside() -> None:
     assert "mechanic_state" not in optimizer.param_groups[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_recomputed_delta_needs_digits(dtype: torch.dtype) -> None:
-    low = torch.optim.SGD([nn.Parameter(torch.ones(3, dtype=dtype))], lr=0.1)
-    with pytest.raises(ValueError, match=f"{dtype}.*use store_delta=True"):
-        Mechanic(low, store_delta=False)
-    mechanic = Mechanic(sgd(), store_delta=False)
-    with pytest.raises(ValueError, match=f"{dtype}.*use store_delta=True"):
-        mechanic.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
-    assert len(mechanic.param_groups) == 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_store_delta_is_accepted_and_does_nothing(dtype: torch.dtype) -> None:
+    """Scripts for mechanic-pytorch pass it."""
+    runs = []
+    for options in ({}, {"store_delta": True}, {"store_delta": False}):
+        p = nn.Parameter(torch.ones(3, dtype=dtype))
+        mechanic = Mechanic(torch.optim.SGD([p], lr=0.1), **options)
+        for _ in range(10):
+            p.grad = p.detach() - 0.5
+            mechanic.step()
+        runs.append(mechanic.state_dict())
+    assert runs[0]["state"][0]["mechanic_ref"].abs().sum() > 0
+    assert same(runs[1], runs[0])
+    assert same(runs[2], runs[0])
 
 
 def test_a_bad_group_is_refused_by_torch_and_leaves_nothing() -> None:

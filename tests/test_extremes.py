@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from manic import Mechanic
-from manic.kernels import Memory
-from manic.storage import Slot
-from manic.sweeps import PIECE, _pieces
-from manic.tuner import DEFAULT_BETAS, Options, Sums, Tuner, tune
+from manic.algorithm import tune
+from manic.parameters import ParamState
+from manic.sweeps.base import Memory
+from manic.sweeps.eager import PIECE, pieces
+from manic.tuner import DEFAULT_BETAS, Options, Sums, TunerState
 
 TARGET = torch.linspace(-1, 2, 5)
 BASES: dict[str, Any] = {
@@ -26,7 +27,7 @@ BASES: dict[str, Any] = {
     "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: AdamW(p, lr=0.1),
 }
-OPTIONS: list[dict[str, Any]] = [{}, {"store_delta": False}, {"variant": "paper", "s_init": 1e-2}]
+OPTIONS: list[dict[str, Any]] = [{}, {"variant": "paper", "s_init": 1e-2}]
 
 
 def run(base: str, options: dict[str, Any], dtype: torch.dtype, factors: Iterator[float], start: float = 1.0) -> Any:
@@ -61,21 +62,19 @@ def test_gradients_of_any_size(factor: float, dtype: torch.dtype, base: str, opt
             assert mechanic.skipped >= last, "a square that is infinite counted"
 
 
-@pytest.mark.parametrize("options", [{}, {"store_delta": False}], ids=str)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("factor", [1e-38, 1e-6, 1e6, 1e38])
-def test_a_few_gradients_of_another_size_are_survived(factor: float, base: str, options: dict[str, Any]) -> None:
-    p, _ = run(base, options, torch.float32, (factor if 30 <= t < 35 else 1.0 for t in range(300)))
+def test_a_few_gradients_of_another_size_are_survived(factor: float, base: str) -> None:
+    p, _ = run(base, {}, torch.float32, (factor if 30 <= t < 35 else 1.0 for t in range(300)))
     assert (p - TARGET).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"store_delta": False}], ids=str)
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize("factor", [1e-3, 10.0])
-def test_a_run_that_goes_on_long_after_it_has_converged(factor: float, base: str, options: dict[str, Any]) -> None:
+def test_a_run_that_goes_on_long_after_it_has_converged(factor: float, base: str) -> None:
     """S falls to its floor there. (Where Δ is recomputed, that floor was once put in after Δ had been stretched for the
     fall: x - x_ref grew by a ninth in every step.)"""
-    p, mechanic = run(base, options, torch.float32, (factor if t < 5 else 1.0 for t in range(800)))
+    p, mechanic = run(base, {}, torch.float32, (factor if t < 5 else 1.0 for t in range(800)))
     check(p, mechanic)
     assert (p - TARGET).abs().max() < 0.2
 
@@ -162,39 +161,39 @@ def test_pieces_of_a_tensor_of_2_31_elements(device: str) -> None:
     """They are views: of a tensor without memory, and of one element that is shown as many."""
     t = torch.empty(MANY, device="meta") if device == "meta" else torch.zeros(1).expand(MANY)
     begin = 0
-    for piece, _ in _pieces(t, None):
-        assert piece.storage_offset() == (begin if device == "meta" else 0)
-        assert 0 < piece.numel() <= PIECE
-        begin += piece.numel()
+    for piece in pieces([ParamState(t, None, 1.0, 0, t, copy=t)]):
+        for part in (piece.param, piece.slot, piece.copy):
+            assert part.storage_offset() == (begin if device == "meta" else 0)
+            assert 0 < part.numel() <= PIECE
+        begin += piece.param.numel()
     assert begin == MANY
 
 
 def test_the_table_of_the_kernels_for_2_31_elements() -> None:
     p = torch.empty(MANY, device="meta", dtype=torch.bfloat16)
-    wide = torch.empty(MANY, device="meta")
-    memory = Memory([Slot(p, p, 1.0, 0, wide, wide)], 1024)
-    count, x, g, ref, delta = memory._offsets.T
+    rest = torch.empty(MANY, device="meta", dtype=torch.int16)
+    memory = Memory([ParamState(p, p, 1.0, 0, torch.empty(MANY, device="meta"), rest)], 1024)
+    count, *columns = memory._offsets.T
     assert count.sum() == MANY
     begin = count.cumsum(0) - count
-    for offsets, size in ((x, 2), (g, 2), (ref, 4), (delta, 4)):
+    for offsets, size in zip(columns, (2, 2, 4, 2, 2), strict=True):  # x, g, slot, x_t, rest
         assert torch.equal(offsets, size * begin)
-    assert delta[-1] > 2**32
+    assert columns[2][-1] > 2**32
 
 
 # ---------------------------------------------------------------------- 1e7 steps of the scalar half
 
 
 def steps_of(flat: Tensor, noise: Tensor, betas: Tensor, lr: Tensor, ok: Tensor) -> Tensor:
-    """Steps of a world in which the best S is 1: ⟨Δ,g⟩ has the sign of log S, and noise."""
+    """Steps of a world in which the best S is 1: ⟨Δ,g⟩ has the sign of log S, and noise; ‖Δ‖ and ‖u‖ are about 1."""
     one, zero = torch.ones_like(lr), torch.zeros_like(lr)
     for value in noise:
-        old = Tuner.unpack(flat, len(DEFAULT_BETAS))
-        begun = old.steps > 0
-        pull = torch.where(old.scale > 0, old.scale.clamp_min(1e-30).log().tanh(), zero) + 0.5 * value
-        delta_sq = torch.where(begun, (1 + 0.1 * value).square(), zero)
-        entered = torch.where(begun, zero, one)
-        sums = Sums(torch.where(begun, pull, zero), zero, one + 0.1 * value, one, delta_sq, entered, 10 * one, zero)
-        flat = tune(old, sums, ok, betas, Options(), 1.0, lr).pack()
+        old = TunerState.unpack(flat, len(DEFAULT_BETAS))
+        scale, entered = old.scale, torch.where(old.steps > 0, zero, one)
+        pull = scale.clamp_min(1e-30).log().tanh() + 0.5 * value
+        moved = (scale * (1 + 0.1 * value)).square()
+        sums = Sums(scale * pull, zero, one + 0.1 * value, one, moved, entered, 10 * one, zero, one)
+        flat = tune(old, sums, ok, betas, Options(), 1.0, lr)[0].pack()
     return flat
 
 
@@ -208,7 +207,7 @@ def test_the_scalar_half_over_many_steps_does_not_drift(request: pytest.FixtureR
     states = []
     for dtype in (torch.float64, torch.float32):
         betas, lr = torch.tensor(DEFAULT_BETAS, dtype=dtype), torch.ones((), dtype=dtype)
-        states.append([torch.zeros(Tuner.size(len(DEFAULT_BETAS)), dtype=dtype), betas, lr])
+        states.append([torch.zeros(TunerState.size(len(DEFAULT_BETAS)), dtype=dtype), betas, lr])
     gaps, scales = [], []
     for t in range(blocks):
         noise = torch.randn(block, generator=generator, dtype=torch.float64).clamp(-3, 3)
@@ -216,7 +215,7 @@ def test_the_scalar_half_over_many_steps_does_not_drift(request: pytest.FixtureR
             flat, betas, lr = state
             state[0] = advance(flat, noise.to(flat.dtype), betas, lr, torch.tensor(True))
         if t % 100 == 99:
-            exact, rounded = (Tuner.unpack(state[0], len(DEFAULT_BETAS)) for state in states)
+            exact, rounded = (TunerState.unpack(state[0], len(DEFAULT_BETAS)) for state in states)
             scales.append(exact.scale.item())
             gaps.append(abs(math.log(rounded.scale.item() / scales[-1])))
             assert exact.steps == rounded.steps == (t + 1) * block

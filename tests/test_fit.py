@@ -12,10 +12,18 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from manic.fit import _alike, _check_schedule, _check_tensor, _check_value, _check_whole, _endless, by_number
+from manic.checkpoint.validation import (
+    _alike,
+    _check_schedule,
+    _check_tensor,
+    _check_value,
+    _check_whole,
+    _endless,
+    by_number,
+)
+from manic.parameters import REF
 from manic.schedules import differences
-from manic.storage import REF
-from manic.tuner import Options, Tuner
+from manic.tuner import Options, TunerState
 
 NAN, INF = math.nan, math.inf
 
@@ -67,8 +75,8 @@ def test_a_number_that_is_infinite_where_it_is_not_here(value: Any, here: Any, e
 )
 def test_what_had_a_gradient_has_its_x_ref(dtype: torch.dtype, missing: int, fits: bool) -> None:
     params = {i: torch.empty(n, device="meta", requires_grad=True) for i, n in enumerate((3_000_000, missing))}
-    state = torch.zeros(Tuner.size(1), dtype=dtype)
-    Tuner.unpack(state, 1).numel.fill_(3_000_000 + missing)
+    state = torch.zeros(TunerState.size(1), dtype=dtype)
+    TunerState.unpack(state, 1).numel.fill_(3_000_000 + missing)
     groups = [{"params": [0, 1], "mechanic_state": state, "mechanic_step": torch.tensor(7.0)}]
     with nullcontext() if fits else pytest.raises(ValueError, match=f"of step 7, but has no .* for {missing} of the"):
         _check_whole(params, {0: {REF: params[0]}}, groups, Options(betas=(0.9,)))

@@ -18,7 +18,10 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim import lr_scheduler as schedulers
 
-from manic import Mechanic, kernels, mechanic
+from manic import Mechanic, algorithm
+from manic import run as running
+from manic.sweeps.native import Native
+from manic.sweeps.passes import Passes
 
 
 def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None:
@@ -55,7 +58,7 @@ def test_ctrl_c_waits_until_the_step_is_whole(calls: int, problem: Problem, monk
         runs.append((parameters, Mechanic(base, schedulers.ExponentialLR(base, 0.9))))
         problem.train(*runs[-1], 5)
     (parameters, m), (twins, twin) = runs
-    real = mechanic.move
+    real = Passes.move
 
     def interrupted(*arguments: Any) -> Any:
         for _ in range(calls):
@@ -63,7 +66,7 @@ def test_ctrl_c_waits_until_the_step_is_whole(calls: int, problem: Problem, monk
         return real(*arguments)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(mechanic, "move", interrupted)
+    monkeypatch.setattr(Passes, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         problem.train(parameters, m, range(5, 6))
     assert signal.getsignal(signal.SIGINT) is before
@@ -93,9 +96,9 @@ def test_a_signal_that_saves_finds_whole_steps(where: str, problem: Problem, mon
         return real(*arguments) if arguments[1:] and where == "move" else None
 
     before = signal.signal(signal.SIGTERM, save)
-    real = mechanic.move
+    real = Passes.move
     if where == "move":
-        monkeypatch.setattr(mechanic, "move", send)
+        monkeypatch.setattr(Passes, "move", send)
     else:
         base.register_step_post_hook(send)
     try:
@@ -150,9 +153,9 @@ def test_an_interrupt_does_not_leave_the_lr_lent(problem: Problem) -> None:
     m = Mechanic(base)
     base.param_groups[1]["lr"] = Interrupting(0.01)
     with pytest.raises(KeyboardInterrupt):
-        m._step_base(None)
+        m._run.inside.step(None, [0.1, 0.1])
     assert [group["lr"] for group in base.param_groups] == [0.01, 0.01]
-    assert not m._stepping
+    assert not m._run.inside.stepping
 
 
 @pytest.mark.parametrize(
@@ -222,13 +225,14 @@ def test_a_first_step_that_came_to_nothing_is_a_first_step(when: str) -> None:
             wrong[0] = False
             pulled(p, m, 9)
         pulled(p, m, 10 - (when == "raised" and disturbed) * 10)
-        ends.append([p.detach().clone(), m.state[p]["step"], m._read("ref_sq")])
+        ends.append([p.detach().clone(), m.state[p]["step"], m._run.read("ref_sq")])
     assert same(*ends)
 
 
 def test_a_run_whose_first_step_was_skipped_on_a_device_resumes_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """There it has created the base's state, which is not that of a rehearsal."""
-    monkeypatch.setattr(mechanic, "_on_host", lambda _: False)
+    for module in (algorithm, running):
+        monkeypatch.setattr(module, "on_host", lambda _: False)
     runs = []
     for _ in range(2):
         p = nn.Parameter(torch.ones(6))
@@ -420,7 +424,7 @@ def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(compiled: bool) -
     pulled(p, m, 5)
     p.grad, p.data = None, torch.cat([p.data, torch.ones(2)])
     with pytest.raises(
-        ValueError, match=r"param group 0 has become \(7,\), its x_ref is \(5,\).*state.pop\(parameter\)$"
+        ValueError, match=r"param group 0 has become \(7,\), its slot is \(5,\).*state.pop\(parameter\)$"
     ):
         pulled(p, m)
     m.state.pop(p)
@@ -434,7 +438,7 @@ def test_a_constructor_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     base = SGD([p], lr=0.1)
     before = dict(base.param_groups[0])
     with monkeypatch.context() as patch:
-        patch.setattr(Mechanic, "_settle", lambda self: 1 / 0)
+        patch.setattr(running.Run, "watch", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             Mechanic(base)
     assert base.param_groups[0].keys() == before.keys()
@@ -634,8 +638,8 @@ def test_natively_a_base_may_put_x_elsewhere(base: str, monkeypatch: pytest.Monk
                     p.data = u.mul(-group["lr"]).add(p.data)
 
     moves: list[Any] = []
-    real = kernels.Native.move
-    monkeypatch.setattr(kernels.Native, "move", lambda *arguments: moves.append(real(*arguments)))
+    real = Native.move
+    monkeypatch.setattr(Native, "move", lambda *arguments: moves.append(real(*arguments)))
     ends = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -19,13 +19,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import format1
 import pytest
 import torch
 from killed import recipe
 from torch import Tensor, nn
 
 from manic import Mechanic
-from manic.inspection import inspect
+from manic.checkpoint.inspection import inspect
 from manic.tuner import Options
 
 SCHEDULERS = torch.optim.lr_scheduler
@@ -51,7 +52,7 @@ CASES = [
     Case("AdamW", {"amsgrad": True}, {}, "cosine", groups=2),
     Case("AdamW", {"lr": 1.0}, {"per_group": True}, "sequential", groups=2),
     Case("SGD", {"momentum": 0.9}, {}, "onecycle"),
-    Case("SGD", {}, {"store_delta": False}, "multistep"),
+    Case("SGD", {}, {}, "multistep", dtype=torch.float16),
     Case("Adagrad", {}, {"variant": "paper", "s_init": 0.1}),
     Case("NAdam", {}, {}, "lambda", dtype=torch.bfloat16),
     Case("RMSprop", {"centered": True}, {}, "cosine", frozen=True),
@@ -143,9 +144,10 @@ def broken(value: Any) -> Iterator[Any]:
     yield from (torch.full((2,), math.nan), {"a": 1}, [[]], 10**30, 1j, object)
     if isinstance(value, Tensor):
         yield from (value[None], value.reshape(-1)[:-1], value.flatten(), value.new_zeros(0), value.new_zeros(7, 2))
-        yield from (torch.full_like(value, math.nan), torch.full_like(value, math.inf), value.to(torch.complex64))
+        real = value if value.is_floating_point() else value.float()
+        yield from (torch.full_like(real, math.nan), torch.full_like(real, math.inf), value.to(torch.complex64))
         yield from (value.to(torch.int64), value.bool(), value.to("meta"), value.to_sparse(), value.tolist())
-        one = value.clone()
+        one = real.clone()
         one.view(-1)[-1:] = math.nan
         yield one
     if isinstance(value, dict):
@@ -321,6 +323,34 @@ def test_anything_else_in_any_place_of_a_state_dict(
         found += [f"{what}: {fault}"] if fault else []
     record_property("cases", number + 1)
     assert equal(source, whole)
+    assert not found, "\n".join([f"{len(found)} of {number + 1}", *found[:20]])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_anything_else_in_any_place_of_a_state_dict_of_format_1(request: pytest.FixtureRequest) -> None:
+    """One in 25 in the quick tests. (What a whole one becomes, test_format1.py compares.)"""
+    name = "scale_free-bfloat16"
+    source = torch.load(format1.FOLDER / f"{name}.pt", weights_only=True)["mechanic"]
+    found, loaded = [], 0
+    every = request.config.getoption("--every")
+    for number, (what, state) in enumerate(itertools.islice(variations(source), 0, None, 1 if every else 25)):
+        run, given = format1.Run(format1.CASES[name]), copy.deepcopy(state)
+        run.train(range(4 * (number % 2)))
+        before = snapshot(run.parameters, run.mechanic)
+        try:
+            run.mechanic.load_state_dict(given)
+            loaded += 1
+        except ValueError as error:
+            found += [] if equal(snapshot(run.parameters, run.mechanic), before) else [f"{what}: half, {error!r}"]
+            continue
+        except Exception as error:
+            found.append(f"{what}: {error!r}")
+            continue
+        found += [] if equal(state, given) else [f"{what}: it changed what it was given"]
+        run.train(range(25, 27))
+        finite = all(bool(t.isfinite().all()) for t in (*run.parameters, run.mechanic.scale))
+        found += [] if finite else [f"{what}: loaded, and then it is not finite"]
+    assert 0 < loaded < number
     assert not found, "\n".join([f"{len(found)} of {number + 1}", *found[:20]])
 
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from manic import Mechanic, __version__
 from manic.__main__ import main
-from manic.inspection import inspect
+from manic.checkpoint.inspection import inspect
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)"),
@@ -75,7 +75,7 @@ def test_json_says_what_the_live_one_says(
     path = save(run, route, tmp_path / "checkpoint")
     assert main(["inspect", "--json", str(path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert (found["path"], found["where"], found["format"]) == (str(path), WHERE[route], 1)
+    assert (found["path"], found["where"], found["format"]) == (str(path), WHERE[route], 2)
     assert (found["base"], found["scheduler"]) == ("AdamW", "CosineAnnealingLR")
     assert (found["step"], found["skipped"], found["frozen"]) == (21, 1, False)
     live = run.mechanic.metrics()
@@ -86,8 +86,18 @@ def test_json_says_what_the_live_one_says(
     last = found["accumulators"][-1]
     assert (last["beta"], last["m"], last["v"]) == (0.999999, state[5].item(), state[11].item())
     assert last.get("group") == ("head" if per_group else None)
-    assert found["bytes"] == {"x_ref": 48, "delta": 48, "base": 104}
+    assert found["bytes"] == {"x_ref": 48, "delta": 0, "rest": 0, "base": 104}
     assert (found["tensors"], found["numel"]) == (2, 12)
+
+
+def test_a_checkpoint_of_format_1(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parent / "data" / "format1" / "scale_free.pt"
+    assert main(["inspect", "--json", str(path)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    saved = torch.load(path, weights_only=True)["mechanic"]["param_groups"][0]
+    assert (found["format"], found["step"]) == (1, int(saved["mechanic_step"]))
+    assert found["scale"] == float(saved["mechanic_state"][25]) / saved["mechanic_options"][0]["unit"]
+    assert found["bytes"]["x_ref"] == found["bytes"]["delta"] == 4 * found["numel"] > 0
 
 
 def test_what_people_see(problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,12 +107,12 @@ def test_what_people_see(problem: Problem, tmp_path: Path, capsys: pytest.Captur
     assert main(["inspect", str(path)]) == 0
     seen = capsys.readouterr().out
     first, second = (f"{lr:.4g}" for lr in run.mechanic.effective_lr())
-    for text in ("AdamW, CosineAnnealingLR, scale_free, format 1, frozen", "21, of which 1 skipped", "group head"):
+    for text in ("AdamW, CosineAnnealingLR, scale_free, format 2, frozen", "21, of which 1 skipped", "group head"):
         assert text in seen
     assert f"effective lr  {first}\n" in seen
     assert f"effective lr  {second}\n" in seen
     assert "0.999999" in seen
-    assert "2 tensors of 12 elements in all; x_ref 0 B, delta 0 B, base 104 B" in seen
+    assert "2 tensors of 12 elements in all; x_ref 0 B, delta 0 B, rest 0 B, base 104 B" in seen
 
 
 def test_two_mechanics_in_one_checkpoint(problem: Problem, tmp_path: Path) -> None:
@@ -144,7 +154,7 @@ def broken(case: str, run: Run, path: Path) -> Path:
         path.write_bytes(save(run, "file", path).read_bytes()[:-200])
     elif case == "format":
         state = run.mechanic.state_dict()
-        state["param_groups"][0]["mechanic_options"] = ({"format": 2},)
+        state["param_groups"][0]["mechanic_options"] = ({"format": 3},)
         torch.save(state, path)
     elif case == "no options":
         state = run.mechanic.state_dict()
@@ -183,7 +193,7 @@ class Evil:
         ("plain", "no Mechanic in this checkpoint"),
         ("numbers", "no Mechanic in this checkpoint"),
         ("truncated", "a damaged one"),
-        ("format", "format 2, this version of manic reads 1"),
+        ("format", "format 3, and this version of manic reads format 2 and older ones"),
         ("no options", "param group 1 of the checkpoint has no 'mechanic_options'"),
         ("metadata", "not safe to load"),
         ("entry", "no checkpoint"),

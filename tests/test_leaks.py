@@ -108,8 +108,8 @@ def refused() -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"per_group": True, "log_every": 1, "log_func": id}, {"store_delta": False}, {"native": True}],
-    ids=["default", "logged", "recomputed", "compiled"],
+    [{}, {"per_group": True, "log_every": 1, "log_func": id}, {"variant": "paper"}, {"native": True}],
+    ids=["default", "logged", "paper", "compiled"],
 )
 def test_many_steps(options: dict[str, Any], request: pytest.FixtureRequest) -> None:
     """300 in the quick tests, 10,000 with --every."""

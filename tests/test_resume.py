@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import linecache
 import pickle
 import subprocess
@@ -14,10 +15,12 @@ import pytest
 import resuming
 import torch
 from conftest import Problem, flat
-from resuming import SAVED_AT, STEPS, Run, cases, optimizers, same
+from resuming import SAVED_AT, STEPS, Case, Run, cases, optimizers, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from manic import Mechanic, checkpoint
+from manic import Mechanic, diagnostics
+from manic.parameters import SLOT
+from manic.run import Run as Inner
 
 
 @pytest.mark.parametrize("optimizer", sorted(optimizers()))
@@ -48,14 +51,18 @@ def test_a_new_process_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "drop", ["mechanic_state", "mechanic_ref", "mechanic_delta", "mechanic_scheduler", "momentum_buffer"]
+    ("drop", "variant", "dtype"),
+    [
+        *((drop, "scale_free", torch.float32) for drop in ("mechanic_state", "mechanic_scheduler", "momentum_buffer")),
+        ("mechanic_ref", "scale_free", torch.float32),
+        ("mechanic_delta", "paper", torch.float32),
+        *(("mechanic_rest", variant, d) for variant in SLOT for d in (torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
 )
-def test_the_matrix_sees_what_is_lost(drop: str) -> None:
+def test_the_matrix_sees_what_is_lost(drop: str, variant: str, dtype: torch.dtype) -> None:
     """Bitwise equality is no accident of these runs: each part of the state that is zeroed changes the end."""
-    # A stored Δ heals a lost x_ref (x = x_ref + S·Δ), so x_ref is tried where Δ hangs on it.
-    store_delta = drop != "mechanic_ref"
-    case = next(c for c in cases("SGD") if c.scheduler == "cosine" and c.store_delta == store_delta)
-    run = Run(case, seed=0)
+    run = Run(Case("SGD", "cosine", variant, dtype), seed=0)
     state: dict[str, Any] = {}
     for t in run.train(range(STEPS)):
         if t == 25:
@@ -68,7 +75,7 @@ def test_the_matrix_sees_what_is_lost(drop: str) -> None:
     for values in state["mechanic"]["state"].values():
         if drop in values:
             values[drop].zero_()
-    again = Run(case, seed=1)
+    again = Run(run.case, seed=1)
     again.load(state)
     list(again.train(range(25, STEPS)))
     assert not torch.equal(flat(again.parameters), flat(run.parameters))
@@ -126,8 +133,7 @@ def test_loading_copies(trained: Any, problem: Problem) -> None:
     other.load_state_dict(state)
     kept = copy.deepcopy(state)
     problem.train(other.param_groups[0]["params"], other, 3)
-    for key in ("mechanic_ref", "mechanic_delta"):
-        assert torch.equal(state["state"][0][key], kept["state"][0][key])
+    assert torch.equal(state["state"][0]["mechanic_ref"], kept["state"][0]["mechanic_ref"])
     assert torch.equal(state["param_groups"][0]["mechanic_state"], kept["param_groups"][0]["mechanic_state"])
 
 
@@ -195,15 +201,29 @@ def test_map_location(trained: Any, tmp_path: Path) -> None:
     assert other.param_groups[0]["mechanic_state"].device.type == "meta"
 
 
-def test_a_checkpoint_of_float32_in_a_bfloat16_model_keeps_float32_state(trained: Any) -> None:
-    _, mechanic = trained(dtype=torch.float32)
-    parameters, other = trained(steps=0, dtype=torch.bfloat16)
-    other.load_state_dict(copy.deepcopy(mechanic.state_dict()))
-    theirs, ours = mechanic.state[mechanic.param_groups[0]["params"][0]], other.state[parameters[0]]
-    assert ours["exp_avg"].dtype == torch.bfloat16
-    for key in ("mechanic_ref", "mechanic_delta"):
-        assert ours[key].dtype == torch.float32
-        assert torch.equal(ours[key], theirs[key])
+@pytest.mark.parametrize("variant", SLOT)
+def test_a_checkpoint_of_a_model_of_another_dtype_is_refused(variant: str, trained: Any) -> None:
+    """The digits that bfloat16 cannot hold are in the one and not in the other."""
+    states = {d: trained(dtype=d, variant=variant)[1].state_dict() for d in (torch.float32, torch.bfloat16)}
+    for one, two in itertools.permutations(states):
+        _, other = trained(steps=0, dtype=two, variant=variant)
+        with pytest.raises(ValueError, match="was it saved with parameters of another dtype"):
+            other.load_state_dict(copy.deepcopy(states[one]))
+
+
+@pytest.mark.parametrize(("dtype", "rest"), [(torch.bfloat16, torch.int16), (torch.float16, torch.float32)], ids=str)
+def test_slot_and_rest_come_back_to_the_bit(dtype: torch.dtype, rest: torch.dtype, trained: Any) -> None:
+    """torch itself would cast them to the dtype of the parameter."""
+    mechanics = [trained(steps=steps, dtype=dtype)[1] for steps in (30, 0)]
+    mechanics[1].load_state_dict(copy.deepcopy(mechanics[0].state_dict()))
+    theirs, ours = (next(iter(one.state.values())) for one in mechanics)
+    assert (ours["exp_avg"].dtype, ours["mechanic_ref"].dtype, ours["mechanic_rest"].dtype) == (
+        dtype,
+        torch.float32,
+        rest,
+    )
+    assert theirs["mechanic_rest"].count_nonzero() > 0
+    assert all(torch.equal(ours[key], theirs[key]) for key in ("mechanic_ref", "mechanic_rest"))
 
 
 def test_strides_follow_the_live_parameter(problem: Problem) -> None:
@@ -223,7 +243,7 @@ def test_strides_follow_the_live_parameter(problem: Problem) -> None:
 def snapshot(parameters: Any, mechanic: Mechanic) -> Any:
     groups = [{k: v for k, v in g.items() if k != "params"} for g in mechanic.param_groups]
     schedule = mechanic.scheduler and mechanic.scheduler.state_dict()
-    return copy.deepcopy([groups, list(mechanic.state.values()), list(parameters), schedule, mechanic._options])
+    return copy.deepcopy([groups, list(mechanic.state.values()), list(parameters), schedule])
 
 
 def breakages() -> dict[str, Any]:
@@ -239,26 +259,33 @@ def breakages() -> dict[str, Any]:
     return {
         "no optimizer state": (lambda state: {"model": state}, "^this is no optimizer state"),
         "not a dict": (lambda state: {"state": 3, "param_groups": state["param_groups"]}, "no optimizer state"),
-        "unknown format": (edit(lambda s: options(s).update(format=2)), "format 2"),
+        "unknown format": (edit(lambda s: options(s).update(format=3)), "format 3, .* reads format 2 and older"),
         "no format": (edit(lambda s: options(s).pop("format")), "format None"),
         "other base": (edit(lambda s: options(s).update(base="SGD")), "around SGD, this one is around AdamW"),
         "other scheduler": (edit(lambda s: options(s).update(scheduler="OneCycleLR")), "OneCycleLR.*CosineAnnealingLR"),
         "bad option": (edit(lambda s: options(s).update(betas=[])), "betas"),
         "unknown option": (edit(lambda s: options(s).update(color="red")), "color"),
-        "no unit": (edit(lambda s: options(s).pop("unit")), "unit"),
+        "no base lr": (edit(lambda s: options(s).pop("base_lr")), "base_lr"),
         "more groups": (edit(lambda s: s["param_groups"].append(group(s))), "2 param groups, the optimizer has 1"),
         "fewer parameters": (edit(lambda s: group(s)["params"].pop()), "1 parameters in the checkpoint and 2"),
         "half a tuner": (edit(lambda s: group(s).pop("mechanic_step")), "mechanic_step"),
         "short accumulators": (
             edit(lambda s: group(s).update(mechanic_state=group(s)["mechanic_state"][:-1])),
-            r"mechanic_state of param group 0 must be .* \(38,\), got \(37,\)",
+            r"mechanic_state of param group 0 must be .* \(41,\), got \(40,\)",
         ),
         "text for a tensor": (edit(lambda s: group(s).update(mechanic_step="3")), "got str"),
         "other shape": (
-            edit(lambda s: s["state"][1].update(mechanic_delta=torch.zeros(3))),
-            r"mechanic_delta of parameter 1 is \(3,\) .*the parameter is \(4,\)",
+            edit(lambda s: s["state"][1].update(mechanic_ref=torch.zeros(3))),
+            r"mechanic_ref of parameter 1 is \(3,\) .*the parameter is \(4,\)",
         ),
-        "no delta": (edit(lambda s: s["state"][0].pop("mechanic_delta")), "parameter 0"),
+        "Δ for x_ref": (
+            edit(lambda s: s["state"][0].update(mechanic_delta=s["state"][0].pop("mechanic_ref"))),
+            r"parameter 0 has \['mechanic_delta'\] in the checkpoint, and must have \['mechanic_ref'\]",
+        ),
+        "a rest too many": (
+            edit(lambda s: s["state"][0].update(mechanic_rest=torch.zeros(2, 4, dtype=torch.int16))),
+            "parameters of another dtype",
+        ),
         "complex": (edit(lambda s: s["state"][0].update(mechanic_ref=torch.zeros(2, 4) * 1j)), "complex64"),
         "text for options": (edit(lambda s: group(s).update(mechanic_options="3")), "options are broken: '3'"),
         "no list of groups": (lambda state: {**state, "param_groups": 3}, "no optimizer state"),
@@ -272,9 +299,7 @@ def breakages() -> dict[str, Any]:
             "mechanic_ref of parameter 1 has values .* not finite",
         ),
         "no x_ref anywhere": (
-            edit(
-                lambda s: [values.pop(k) for values in s["state"].values() for k in ("mechanic_ref", "mechanic_delta")]
-            ),
+            edit(lambda s: [values.pop("mechanic_ref") for values in s["state"].values()]),
             "of step 10, but has no 'mechanic_ref' for 12 of the 12 elements",
         ),
         "state of a stranger": (edit(lambda s: s["state"].update({7: s["state"][0]})), "state of parameter 7"),
@@ -323,10 +348,10 @@ def test_a_failure_after_everything_was_loaded_is_undone(problem: Problem, monke
         problem.train(parameters, mechanics[-1], steps)
     before = snapshot(parameters, mechanics[1])
 
-    def fail(self: Mechanic) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Mechanic, "_settle", fail)
+    monkeypatch.setattr(Inner, "_settle", fail)
     state_dict = copy.deepcopy(mechanics[0].state_dict())
     state_dict["param_groups"][0]["mechanic_scheduler"][0]["more"] = 1
     with pytest.raises(MemoryError):
@@ -347,7 +372,7 @@ def test_plain_checkpoints_that_do_not_fit_are_refused(problem: Problem) -> None
         mechanic.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match="has no 'betas'"):
         mechanic.load_state_dict(sgd.state_dict())
-    assert not mechanic.state
+    assert not any(mechanic.state.values())
 
 
 def test_warnings_point_at_the_callers_line(trained: Any, problem: Problem) -> None:
@@ -367,9 +392,9 @@ def test_a_warning_for_a_caller_without_a_name(trained: Any, problem: Problem) -
 
 def test_a_warning_that_no_user_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread that torch has started, say: it names the line that warns."""
-    monkeypatch.setattr(checkpoint, "_callers", lambda: ["manic.checkpoint", "torch.optim"])
+    monkeypatch.setattr(diagnostics, "_callers", lambda: ["manic.diagnostics", "torch.optim"])
     with pytest.warns(UserWarning, match="nobody") as record:
-        checkpoint.warn("nobody")
+        diagnostics.warn("nobody")
     assert "warnings.warn(" in linecache.getline(record[0].filename, record[0].lineno)
 
 
@@ -422,7 +447,7 @@ def test_what_a_step_cannot_be_tried_of_is_compared_with_the_parameters() -> Non
 def test_what_is_loaded_is_a_copy_unless_it_is_there_already(trained: Any) -> None:
     _, mechanic = trained(torch.optim.AdamW, 3)
     state_dict = copy.deepcopy(mechanic.state_dict())
-    own = [values[name] for values in state_dict["state"].values() for name in ("mechanic_ref", "mechanic_delta")]
+    own = [values["mechanic_ref"] for values in state_dict["state"].values()]
     for group in state_dict["param_groups"]:
         own += [group["mechanic_step"], group["mechanic_state"]]
     _, other = trained(torch.optim.AdamW, 1)
@@ -433,11 +458,10 @@ def test_what_is_loaded_is_a_copy_unless_it_is_there_already(trained: Any) -> No
     assert same(other.state_dict(), before)
 
     # DCP loads into the tensors of the state dict, which are the live ones.
-    live = {p: (values["mechanic_ref"], values["mechanic_delta"]) for p, values in other.state.items()}
+    live = {p: values["mechanic_ref"] for p, values in other.state.items()}
     other.load_state_dict(other.state_dict())
-    for p, (ref, delta) in live.items():
+    for p, ref in live.items():
         assert other.state[p]["mechanic_ref"] is ref
-        assert other.state[p]["mechanic_delta"] is delta
 
 
 def test_scalars_of_the_base_keep_their_digits() -> None:
@@ -553,9 +577,9 @@ def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s, one, other, options, plan: options.update(unit=0.0), None),
-        (lambda s, one, other, options, plan: options.update(unit=-1.0), "unit = -1.0 must be >= 0 and finite"),
-        (lambda s, one, other, options, plan: options.update(unit=float("inf")), "unit = inf must be >= 0 and finite"),
+        (lambda s, one, other, options, plan: options.update(base_lr=0.0), None),
+        (lambda s, one, other, options, plan: options.update(base_lr=-1.0), "base_lr = -1.0 must be >= 0 and finite"),
+        (lambda s, one, other, options, plan: options.update(base_lr=float("inf")), "base_lr = inf must be"),
         (lambda s, one, other, options, plan: other.update(mechanic_step=one["mechanic_step"].half()), None),
         (lambda s, one, other, options, plan: other.update(mechanic_state=one["mechanic_state"].float()), None),
         (
@@ -599,8 +623,9 @@ def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
             "the state of parameter 0 is 3 in the checkpoint, and must be a dict",
         ),
         (
-            lambda s, one, other, options, plan: s["state"][0].pop("mechanic_delta"),
-            "the state of parameter 0 has ['mechanic_ref'], not ['mechanic_delta', 'mechanic_ref']",
+            lambda s, one, other, options, plan: s["state"][0].update(mechanic_delta=s["state"][0]["mechanic_ref"]),
+            "the state of parameter 0 has ['mechanic_delta', 'mechanic_ref'] in the checkpoint, and must have "
+            "['mechanic_ref']: was it saved with parameters of another dtype?",
         ),
     ],
 )
@@ -666,7 +691,7 @@ def test_a_load_is_no_step_for_a_hook(trained: Any) -> None:
 
 
 def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, problem: Problem) -> None:
-    options = {"variant": "paper", "betas": (0.9, 0.99), "s_init": 1e-3, "store_delta": False}
+    options = {"variant": "paper", "betas": (0.9, 0.99), "s_init": 1e-3}
     parameters, mechanic = trained(torch.optim.AdamW, 10, **options)
     others, other = trained(torch.optim.AdamW, 3)
     with pytest.warns(UserWarning, match="under other options") as record:
@@ -675,7 +700,6 @@ def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, p
     assert "variant = 'paper' replaces 'scale_free'" in text
     assert "betas = (0.9, 0.99) replaces (0.9, 0.99, 0.999" in text
     assert "s_init = 0.001 replaces None" in text
-    assert "store_delta = False replaces True" in text
     assert "s_decay" not in text
     with torch.no_grad():
         for p, q in zip(others, parameters, strict=True):
@@ -683,13 +707,6 @@ def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, p
     for p, m in ((parameters, mechanic), (others, other)):
         problem.train(p, m, range(10, 20))
     assert torch.equal(flat(parameters), flat(others))
-
-
-def test_recomputed_delta_from_a_checkpoint_is_refused_for_bfloat16(trained: Any) -> None:
-    _, mechanic = trained(store_delta=False)
-    _, other = trained(steps=0, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="store_delta"):
-        other.load_state_dict(mechanic.state_dict())
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -790,15 +807,3 @@ def test_a_mechanic_checkpoint_loads_into_the_plain_optimizer(trained: Any, prob
     plain = torch.optim.AdamW(problem.parameters(), lr=1.0)
     plain.load_state_dict(copy.deepcopy(mechanic.state_dict()))
     assert plain.param_groups[0]["lr"] == 1e-3
-
-
-def test_another_scale_loaded_under_parameters_that_stay_moves_x_ref(trained: Any, problem: Problem) -> None:
-    """x and Δ are what the last step left, bit for bit, but S is not: x_ref gives way, as to an edit."""
-    parameters, mechanic = trained(steps=20, variant="paper", s_init=1.0)
-    state = copy.deepcopy(mechanic.state_dict())
-    state["param_groups"][0]["mechanic_state"][25] *= 100
-    mechanic.load_state_dict(state)
-    (p, *_), scale = parameters, mechanic._read("scale").float()
-    x, delta = p.detach().clone(), mechanic.state[p]["mechanic_delta"].clone()
-    problem.train(parameters, mechanic, range(20, 21))
-    torch.testing.assert_close(mechanic.state[p]["mechanic_ref"] + scale * delta, x)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from manic.tuner import Options, Sums, Tuner, tune
+from manic.algorithm import tune
+from manic.tuner import Motion, Options, Sums, TunerState
 
 N = 3
 POSITIVE = st.floats(1e-6, 1e6)
@@ -18,63 +19,92 @@ ANY = POSITIVE | st.just(0.0) | POSITIVE.map(lambda x: -x)
 SIZE = POSITIVE | st.just(0.0)
 SEVERAL = st.lists(SIZE, min_size=N, max_size=N)
 COUNT = st.integers(0, 10**6).map(float)
+MEMBERS = st.sampled_from([3.0, 11.0])
 STATES = st.fixed_dictionaries(
     {"m": SEVERAL, "v": SEVERAL, "r": SEVERAL, "s": SEVERAL, "h": ANY, "scale": SIZE, "delta_norm": SIZE}
-    | {"numel": st.sampled_from([5.0, 7.0]), "update_norm": SIZE | st.just(1.0), "ref_sq": SIZE, "skipped": COUNT}
-    | {"steps": COUNT, "grad_norm": SIZE, "keep": st.floats(0.1, 1), "fade": st.floats(0.1, 1) | st.just(0.0)}
-    | {"outliers": COUNT, "peak": SIZE, "update_sq": SIZE}
+    | {"moved": SIZE, "x_norm": SIZE, "members": MEMBERS, "numel": st.sampled_from([5.0, 7.0])}
+    | {"update_norm": SIZE | st.just(1.0)}
+    | {"ref_sq": SIZE, "skipped": COUNT, "steps": COUNT, "grad_norm": SIZE, "keep": st.floats(0.1, 1) | st.just(0.0)}
+    | {"fade": st.floats(0.1, 1) | st.just(0.0), "outliers": COUNT, "peak": SIZE, "update_sq": SIZE | st.just(-1.0)}
 )
 SUMS = st.fixed_dictionaries(
     {"delta_grad": ANY, "delta_x": ANY, "grad_sq": SIZE, "x_sq": SIZE, "delta_sq": SIZE, "entered_sq": SIZE}
-    | {"numel": st.sampled_from([5.0, 7.0]), "update_sq": SIZE}
+    | {"numel": st.sampled_from([5.0, 7.0]), "members": MEMBERS, "update_sq": SIZE | st.just(-1.0)}
 )
 OPTIONS = st.fixed_dictionaries(
-    {"variant": st.sampled_from(["paper", "scale_free"]), "s_init": st.none() | POSITIVE, "store_delta": st.booleans()}
+    {"variant": st.sampled_from(["paper", "scale_free"]), "s_init": st.none() | POSITIVE}
     | {"betas": st.lists(st.floats(0, 1), min_size=N, max_size=N).map(tuple), "s_decay": st.floats(0, 1)}
     | {"eps": st.sampled_from([1e-8, 0.1])}
 )
+State = dict[str, Any]
 
 
 def over(a: float, b: float) -> float:
     return a / b if b > 0 else 0.0
 
 
-def by_hand(old: dict[str, Any], sums: dict[str, float], o: dict[str, Any], unit: float, lr: float) -> dict[str, Any]:
-    """The state after a step that counts."""
-    # A leap of the lr: all that is in units of Δ, in the new one.
+def by_hand(
+    old: State, sums: dict[str, float], o: dict[str, Any], unit: float, lr: float
+) -> tuple[State, dict[str, float]]:
+    """The state after a step that counts, and the motion of x and of the slot."""
+    new = {**old, "ref_sq": old["ref_sq"] + sums["entered_sq"], "steps": old["steps"] + 1}
+    new |= {"numel": sums["numel"], "members": sums["members"]}
+    return (paper if o["variant"] == "paper" else scale_free)(old, new, sums, o, unit, lr)
+
+
+def paper(
+    old: State, new: State, sums: dict[str, float], o: dict[str, Any], unit: float, lr: float
+) -> tuple[State, dict[str, float]]:
+    """Algorithm 1. The slot is Δ. Neither the unit nor the lr counts."""
+    norm, gradient, x = math.sqrt(sums["delta_sq"]), math.sqrt(sums["grad_sq"]), math.sqrt(sums["x_sq"])
+    if sums["members"] == old["members"] or old["update_norm"] == 0:
+        new["update_norm"] = max(old["update_norm"], abs(norm - old["moved"]))
+    h = sums["delta_grad"] + o["s_decay"] * sum(old["s"]) * over(gradient, x) * sums["delta_x"]
+    bet = (1e-8 if o["s_init"] is None else o["s_init"]) / N
+    new["x_norm"] = x
+    m = [max(beta * mi, abs(h)) for beta, mi in zip(o["betas"], old["m"], strict=True)]
+    v = [beta**2 * vi + h**2 for beta, vi in zip(o["betas"], old["v"], strict=True)]
+    r = [max(0.0, beta * ri - si * h) for beta, ri, si in zip(o["betas"], old["r"], old["s"], strict=True)]
+    s = [(bet * mi + ri) / (math.sqrt(vi) + o["eps"]) for mi, ri, vi in zip(m, r, v, strict=True)]
+    new |= {"m": m, "v": v, "r": r, "s": s, "h": h, "scale": sum(s), "delta_norm": norm, "moved": norm}
+    motion = {"x_delta": sum(s) - old["scale"], "x_update": sum(s), "slot_delta": 0.0, "slot_update": 1.0}
+    return {**new, "keep": 1.0, "fade": 1.0}, motion
+
+
+def scale_free(
+    old: State, new: State, sums: dict[str, float], o: dict[str, Any], unit: float, lr: float
+) -> tuple[State, dict[str, float]]:
+    """The slot is x_ref, and d = x - x_ref is what x has been moved."""
+    gradient, x, moved = math.sqrt(sums["grad_sq"]), math.sqrt(sums["x_sq"]), math.sqrt(sums["delta_sq"])
+    delta_grad, delta_x = sums["delta_grad"], sums["delta_x"]
+
+    # Weights that were replaced have moved further than updates move them. Nothing of d counts then.
+    same = sums["members"] == old["members"]
+    growth = abs(over(moved, old["fade"]) - old["keep"] * old["moved"])
+    replaced = False
+    if same and old["scale"] > 0 and sums["update_sq"] >= 0:
+        shift = abs(x - old["x_norm"]) - (1 - old["keep"]) * old["moved"]
+        replaced = max(growth, shift) > 3 * old["scale"] * math.sqrt(sums["update_sq"]) + 1e-5 * (x + moved)
+    new["x_norm"] = x
+    if replaced:
+        delta_grad = delta_x = moved = 0.0
+
+    # A leap of the lr: all that is in units of Δ, in the new one. d has no unit.
     leap = max(1.0, over(lr, old["peak"]) / 10)
-    m, v, scale = [leap * x for x in old["m"]], [leap**2 * x for x in old["v"]], old["scale"] / leap
-    norm_before, largest = leap * old["delta_norm"], leap * old["update_norm"]
-    delta_grad, delta_x = leap * sums["delta_grad"], leap * sums["delta_x"]
-    norm = leap * math.sqrt(sums["delta_sq"]) if sums["delta_sq"] else norm_before
+    m, v, scale = [leap * mi for mi in old["m"]], [leap**2 * vi for vi in old["v"]], old["scale"] / leap
+    delta_grad, delta_x = over(delta_grad, scale), over(delta_x, scale)
 
     # The size of an update, and of x in such updates.
-    if sums["numel"] == old["numel"] or largest == 0:
-        largest = max(largest, abs(over(norm, old["fade"]) - old["keep"] * norm_before))
-    if largest == 0:
-        largest = leap * math.sqrt(sums["update_sq"])
-    ref_sq = old["ref_sq"] + sums["entered_sq"]
-    whole = over(1 + math.sqrt(ref_sq), largest)
-    digits = 0.0 if o["store_delta"] else 1e-4 * whole
+    largest = leap * old["update_norm"]
+    if (same or largest == 0) and not replaced:
+        largest = max(largest, over(growth, scale))
+    largest = largest or leap * math.sqrt(max(sums["update_sq"], 0.0))
+    whole = over(1 + math.sqrt(new["ref_sq"]), largest)
 
-    gradient, x = math.sqrt(sums["grad_sq"]), math.sqrt(sums["x_sq"])
-    new = {**old, "ref_sq": ref_sq, "numel": sums["numel"], "update_norm": largest, "steps": old["steps"] + 1}
-    if o["variant"] == "paper":
-        h = delta_grad + o["s_decay"] * sum(old["s"]) * over(gradient, x) * delta_x
-        bet = (1e-8 if o["s_init"] is None else o["s_init"]) / N
-        new["m"] = [max(beta * mi, abs(h)) for beta, mi in zip(o["betas"], m, strict=True)]
-        new["v"] = [beta**2 * vi + h**2 for beta, vi in zip(o["betas"], v, strict=True)]
-        new["r"] = [max(0.0, beta * ri - si * h) for beta, ri, si in zip(o["betas"], old["r"], old["s"], strict=True)]
-        new["s"] = [
-            (bet * mi + ri) / (math.sqrt(vi) + o["eps"])
-            for mi, ri, vi in zip(new["m"], new["r"], new["v"], strict=True)
-        ]
-        return {**new, "h": h, "scale": max(sum(new["s"]), digits), "delta_norm": norm, "keep": 1.0, "fade": 1.0}
-
-    first = 1e-3 * whole if o["s_init"] is None else o["s_init"] * unit
-    least = max(digits, min(1e-6 * whole, first))
+    least = 1e-6 * whole
+    first = 1e-3 * whole if o["s_init"] is None else max(o["s_init"] * unit, least)
     size = old["grad_norm"] or gradient
-    h = over(delta_grad + o["s_decay"] * over(scale * norm, x) * over(gradient, x) * delta_x, size)
+    h = over(delta_grad + o["s_decay"] * over(moved, x) * over(gradient, x) * delta_x, size)
     new["grad_norm"] = size + 2 / (old["steps"] + 2) * (min(gradient, 2 * size) - size)
     usual = min(abs(h), 2 * max(m)) if any(m) else abs(h)
     gain = surprise = 0.0
@@ -87,38 +117,70 @@ def by_hand(old: dict[str, Any], sums: dict[str, float], o: dict[str, Any], unit
     peak = max(old["peak"], lr)
     share = over(lr, peak)
     there = max((scale or first) * math.exp(share * (gain if h < 0 else -min(surprise, 3.0))), least)
-    ratio = over(there, scale)
-    return {
-        **{**new, "m": m, "v": v, "r": [0.0] * N, "s": [0.0] * N, "h": h, "scale": there, "peak": peak},
-        "delta_norm": norm / leap,
-        "keep": over(min(ratio / 0.9, 1), ratio) * leap,
-        "fade": 1.0 if share < 0.99 else (old["steps"] + 2) / (old["steps"] + 3),
-        "outliers": old["outliers"] + (surprise >= 2),
-    }
+
+    # x follows the update. It is drawn back along d where S falls by more than a tenth.
+    outlier = surprise >= 2
+    follow = 0.0 if outlier else there
+    forget = scale == 0 or replaced
+    keep = 0.0 if forget else min(there / scale / 0.9, 1.0)
+    fade = 1.0 if share < 0.99 else (old["steps"] + 2) / (old["steps"] + 3)
+    new |= {"m": m, "v": v, "r": [0.0] * N, "s": [0.0] * N, "h": h, "scale": there, "peak": peak}
+    new |= {"delta_norm": over(moved, scale), "moved": moved, "update_norm": largest, "keep": keep, "fade": fade}
+    new["outliers"] = old["outliers"] + outlier
+    motion = {"x_delta": 0.0 if forget else keep - 1, "x_update": follow}
+    motion["slot_delta"] = 1.0 if forget else (1 - fade) * keep
+    motion["slot_update"] = (1 - fade) * follow
+    return new, motion
 
 
 def by_torch(
-    old: dict[str, Any], sums: dict[str, float], options: dict[str, Any], unit: float, lr: float, ok: bool = True
-) -> dict[str, Any]:
+    old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float, ok: bool = True
+) -> tuple[State, dict[str, float]]:
     def tensor(value: Any) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.float64)
 
-    state = Tuner(**{name: tensor(value) for name, value in old.items()})
-    state = Tuner.unpack(state.pack(), N)
+    state = TunerState(**{name: tensor(value) for name, value in old.items()})
+    state = TunerState.unpack(state.pack(), N)
     totals = Sums(**{name: tensor(value) for name, value in sums.items()})
-    new = tune(state, totals, torch.tensor(ok), tensor(options["betas"]), Options(**options), unit, tensor(lr))
-    return {name: value.tolist() for name, value in new._asdict().items()}
+    new, motion = tune(state, totals, torch.tensor(ok), tensor(options["betas"]), Options(**options), unit, tensor(lr))
+    assert {tuple(value.shape) for value in motion} == {()}
+    return tuple({name: value.tolist() for name, value in found._asdict().items()} for found in (new, motion))
 
 
-def close(got: dict[str, Any], wanted: dict[str, Any], size: float) -> None:
+def close(got: State, wanted: State, size: float) -> None:
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         assert got[name] == pytest.approx(value, rel=1e-9, abs=1e-12 * size), name
 
 
-START = {name: [0.0] * N if name in "mvrs" else 0.0 for name in Tuner._fields}
+START = {name: [0.0] * N if name in "mvrs" else 0.0 for name in TunerState._fields}
 NO_SUMS = dict.fromkeys(Sums._fields, 0.0)
-PLAIN = {"variant": "scale_free", "s_init": None, "store_delta": True, "betas": (1.0,) * N, "s_decay": 0.0, "eps": 1e-8}
+STILL = dict.fromkeys(Motion._fields, 0.0)
+PLAIN: dict[str, Any] = {"variant": "scale_free", "s_init": None, "betas": (1.0,) * N, "s_decay": 0.0, "eps": 1e-8}
+# S is 1, an update was 1, x was moved by 3, and the same parameters have a gradient.
+UNDER_WAY: State = {**START, "scale": 1.0, "moved": 3.0, "x_norm": 2.0, "keep": 1.0, "fade": 1.0, "update_norm": 1.0}
+UNDER_WAY |= {"grad_norm": 1.0, "peak": 1.0, "members": 3.0, "numel": 5.0, "m": [1.0] * N, "v": [4.0] * N}
+UNDER_WAY |= {"steps": 4.0}
+ONE_STEP = {**NO_SUMS, "grad_sq": 1.0, "x_sq": 4.0, "delta_grad": 0.25, "delta_x": 0.5, "update_sq": 1.0}
+ONE_STEP |= {"members": 3.0, "numel": 5.0}
+
+
+def beyond(limit: float) -> dict[str, float]:
+    """Sums with an x that is as far from x_ref as UNDER_WAY, and the bound of what counts as replaced, allow: d² where
+    D - 3 is `limit` times 3 + 1e-5·(2 + D)."""
+    d = (3 + limit * (3 + 2e-5)) / (1 - limit * 1e-5)
+    return {**ONE_STEP, "delta_sq": d**2}
+
+
+def test_the_fields() -> None:
+    """The order is that of what is stored, and of what the sweeps fill in."""
+    scalars = "h scale delta_norm moved x_norm members numel update_norm ref_sq skipped steps grad_norm keep fade"
+    assert TunerState._fields == (*"mvrs", *scalars.split(), "outliers", "peak", "update_sq")
+    assert Sums._fields == (
+        *("delta_grad", "delta_x", "grad_sq", "x_sq", "delta_sq", "entered_sq", "numel", "members", "update_sq"),
+    )
+    assert Motion._fields == ("x_delta", "x_update", "slot_delta", "slot_update")
+    assert TunerState.size(N) == 4 * N + 17 == sum(len(value) if name in "mvrs" else 1 for name, value in START.items())
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
@@ -127,47 +189,102 @@ PLAIN = {"variant": "scale_free", "s_init": None, "store_delta": True, "betas": 
 # At the bounds: h that is just wild, an lr that just counts as the peak, a leap that is just none.
 @example({**START, "m": [1.5] * N, "v": [16.0] * N}, {**NO_SUMS, "delta_grad": 10.0, "grad_sq": 1.0}, PLAIN, 1.0, 1.0)
 @example({**START, "peak": 1.0, "scale": 1.0, "steps": 4.0}, {**NO_SUMS, "grad_sq": 1.0}, PLAIN, 1.0, 0.99)
-# A leap where ⟨Δ,x⟩ counts, and one where only ‖u‖ tells the size of an update.
+@example({**START, "peak": 0.1, "scale": 1.0, "update_norm": 2.0}, {**NO_SUMS, "grad_sq": 1.0}, PLAIN, 1.0, 1.0)
+# A leap where ⟨Δ,x⟩ counts.
 @example(
-    {**START, "peak": 0.01, "scale": 2.0, "delta_norm": 3.0, "update_norm": 2.0, "keep": 1.0, "fade": 1.0},
+    {**START, "peak": 0.01, "scale": 2.0, "moved": 6.0, "update_norm": 2.0, "keep": 1.0, "fade": 1.0},
     {**NO_SUMS, "delta_x": 2.0, "delta_sq": 9.0, "grad_sq": 4.0, "x_sq": 16.0, "delta_grad": 1.0},
     {**PLAIN, "s_decay": 0.5},
     1.0,
     1.0,
 )
-@example({**START, "peak": 0.01}, {**NO_SUMS, "grad_sq": 1.0, "update_sq": 9.0}, PLAIN, 1.0, 1.0)
-@example({**START, "peak": 0.1, "scale": 1.0, "update_norm": 2.0}, {**NO_SUMS, "grad_sq": 1.0}, PLAIN, 1.0, 1.0)
-def test_every_field(
-    old: dict[str, Any], sums: dict[str, float], options: dict[str, Any], unit: float, lr: float
-) -> None:
+# S is 0, and d is an edit. With an lr that leaps, and with an S that was asked for.
+@example({**START, "fade": 2 / 3, "steps": 1.0, "peak": 1.0, "members": 3.0}, beyond(0.5), PLAIN, 1.0, 1.0)
+@example({**START, "fade": 2 / 3, "steps": 1.0, "peak": 0.01, "members": 3.0}, beyond(9.0), PLAIN, 1.0, 1.0)
+@example({**START, "fade": 1.0, "steps": 1.0, "members": 11.0}, beyond(1.0), {**PLAIN, "s_init": 0.1}, 0.5, 0.0)
+@example({**START, "fade": 2 / 3, "steps": 1.0, "members": 3.0}, beyond(0.5), {**PLAIN, "s_decay": 0.5}, 1.0, 1.0)
+# Weights that were just replaced, and weights that were just not: with x and d, and without, where all is exact.
+@example(UNDER_WAY, beyond(1 - 1e-12), PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, beyond(1 + 1e-12), PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**ONE_STEP, "x_sq": 0.0}, PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "moved": math.nextafter(3.0, 4.0)}, {**ONE_STEP, "x_sq": 0.0}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(0.0), "update_sq": 0.0}, {**PLAIN, "s_decay": 0.5}, 1.0, 1.0)
+# They are told by S as it was before a leap: the last update was followed with that.
+@example({**UNDER_WAY, "peak": 0.01}, beyond(0.5), PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "peak": 0.01}, beyond(1.5), PLAIN, 1.0, 1.0)
+# They cannot be told where other parameters have a gradient now, or where nobody knows the last update.
+@example({**UNDER_WAY, "x_norm": 9.0}, ONE_STEP | {"delta_sq": 9.0}, PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "x_norm": 9.0, "keep": 0.5}, ONE_STEP | {"delta_sq": 2.25}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(9.0), "members": 11.0}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(9.0), "update_sq": -1.0}, PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "update_norm": 0.0}, {**beyond(9.0), "members": 11.0}, PLAIN, 1.0, 1.0)
+# As many elements, but of other parameters.
+@example({**UNDER_WAY, "members": 11.0}, {**beyond(0.5), "numel": 5.0}, PLAIN, 1.0, 1.0)
+# An outlier, which draws x back, and one while S is 0.
+@example(UNDER_WAY, {**beyond(0.5), "delta_grad": 1e3}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(0.5), "delta_grad": -1e3}, PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "scale": 0.0, "moved": 0.0}, {**ONE_STEP, "delta_grad": 1e3, "members": 11.0}, PLAIN, 1.0, 1.0)
+# A gentle fall of S, after which x is not drawn back.
+@example(UNDER_WAY, {**beyond(0.5), "delta_grad": 0.05}, PLAIN, 1.0, 0.5)
+def test_every_field(old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float) -> None:
     if options["variant"] == "paper":
-        old = {**old, "peak": 0.0}  # it takes no note of the lr
-    wanted = by_hand(old, sums, options, unit, lr)
-    got = by_torch(old, sums, options, unit, lr)
+        # What it never has otherwise: it takes no note of the lr, and keeps all of Δ.
+        old = {**old, "peak": 0.0, "keep": 1.0, "fade": 1.0, "scale": sum(old["s"])}
+    wanted, motion = by_hand(old, sums, options, unit, lr)
+    got, moves = by_torch(old, sums, options, unit, lr)
     # Differences of what is alike are as exact as that is.
-    size = max(1.0, *wanted["r"], wanted["update_norm"], wanted["delta_norm"] / (old["fade"] or 1))
+    size = max(1.0, *wanted["r"], wanted["update_norm"], wanted["delta_norm"] / (old["fade"] or 1), old["scale"])
     close(got, wanted, size)
+    close(moves, motion, size if options["variant"] == "paper" else 1.0)
+
+
+@pytest.mark.parametrize("limit", [1 - 1e-12, 1 + 1e-12], ids=["just not", "just"])
+def test_weights_that_were_replaced(limit: float) -> None:
+    """x_ref takes x. What was learned stays but for what it forgets in a step: h is 0, and so is Δ."""
+    replaced = limit > 1
+    new, motion = by_torch(UNDER_WAY, beyond(limit), PLAIN, 1.0, 1.0)
+    assert (new["moved"] == new["delta_norm"] == new["h"] == new["keep"] == 0) == replaced
+    assert (new["update_norm"] == 1) == replaced  # growth is 3 updates
+    assert (new["scale"] == 1) == replaced
+    assert (motion["slot_delta"] == 1) == replaced
+    if replaced:
+        assert motion["x_delta"] == 0
+        assert motion["x_update"] == 1
+        assert motion["slot_update"] == pytest.approx(1 - 6 / 7)
+
+
+def test_paper_takes_no_weights_for_replaced() -> None:
+    options = {**PLAIN, "variant": "paper"}
+    far, farther = (by_torch({**UNDER_WAY, "peak": 0.0}, beyond(limit), options, 1.0, 1.0) for limit in (0.5, 50.0))
+    assert far[0]["moved"] > 3
+    assert farther[0]["moved"] > 100
+    for name in ("h", "scale", "keep", "fade"):
+        assert far[0][name] == farther[0][name]
+    assert far[1] == farther[1]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(STATES, SUMS, OPTIONS, POSITIVE, SIZE)
 def test_a_step_that_does_not_count(
-    old: dict[str, Any], sums: dict[str, float], options: dict[str, Any], unit: float, lr: float
+    old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float
 ) -> None:
-    """Only the norm of what entered is taken in, if it is finite itself."""
+    """Only the norm of what entered is taken in, if it is finite itself. Nothing moves."""
     for entered in (sums["entered_sq"], math.inf, math.nan):
-        got = by_torch(old, {**sums, "grad_sq": math.inf, "entered_sq": entered}, options, unit, lr, ok=False)
-        ref_sq = old["ref_sq"] + (entered if math.isfinite(entered) else 0)
-        close(got, {**old, "ref_sq": ref_sq, "skipped": old["skipped"] + 1}, 0.0)
+        for broken in (math.inf, math.nan):
+            gone = {**sums, "grad_sq": broken, "delta_grad": broken, "entered_sq": entered}
+            got, motion = by_torch(old, gone, options, unit, lr, ok=False)
+            ref_sq = old["ref_sq"] + (entered if math.isfinite(entered) else 0)
+            close(got, {**old, "ref_sq": ref_sq, "skipped": old["skipped"] + 1}, 0.0)
+            assert motion == STILL
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_paper_s_squares_stay_finite(dtype: torch.dtype, sign: int) -> None:
     """h is held where its square, of which there will be many, is far from the end of the format."""
-    state = Tuner.unpack(torch.zeros(Tuner.size(1), dtype=dtype), 1)
-    sums = Sums(*(torch.tensor(x, dtype=dtype) for x in (sign * torch.finfo(dtype).max, 0, 1, 1, 1, 0, 5, 0)))
+    state = TunerState.unpack(torch.zeros(TunerState.size(1), dtype=dtype), 1)
+    sums = Sums(*(torch.tensor(x, dtype=dtype) for x in (sign * torch.finfo(dtype).max, 0, 1, 1, 1, 0, 5, 3, 0)))
     one = torch.ones(1, dtype=dtype)
-    new = tune(state, sums, torch.tensor(True), one, Options(variant="paper", betas=(1.0,)), 1.0, one[0])
-    assert all(value.isfinite().all() for value in new)
+    new, motion = tune(state, sums, torch.tensor(True), one, Options(variant="paper", betas=(1.0,)), 1.0, one[0])
+    assert all(value.isfinite().all() for value in (*new, *motion))
     assert sign * new.h == pytest.approx(torch.finfo(dtype).max ** 0.4)

@@ -86,7 +86,6 @@ CONTENDERS: dict[str, tuple[str, Callable[[Any], Build], Build]] = {
     "manic": ("manic", lambda _: lambda p: Mechanic(adamw(p)), adamw),
     "manic, compiled": ("ninja", lambda _: compiled, adamw),
     "manic, frozen": ("manic", lambda _: frozen, adamw),
-    "manic, store_delta=False": ("manic", lambda _: lambda p: Mechanic(adamw(p), store_delta=False), adamw),
     "mechanic-pytorch": (
         "mechanic_pytorch",
         lambda m: lambda p: m.mechanize(torch.optim.AdamW)(p, lr=1e-3, fused=True),

@@ -1,8 +1,8 @@
 """What a wrapped optimizer holds, in bytes per parameter: python docs/benchmarks/memory.py
 
-Counts what torch's allocator hands out and takes back (not the process's size). Persistent: what is held after three
-steps beyond parameters and gradients, less what plain AdamW holds. Transient: the most that one more step holds at any
-moment beyond what is held before it.
+Counts what torch's allocator hands out and takes back (not the process's size). State: the tensors in the state dict,
+less what plain AdamW has there. Held: what is held after three steps beyond parameters and gradients, less what plain
+AdamW holds. Transient: the most that one more step holds at any moment beyond what is held before it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ def parameters_of(numel: int, tensors: int, dtype: torch.dtype) -> Parameters:
     return parameters
 
 
-def measure(build: Build, numel: int, tensors: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes held after three steps beyond parameters and gradients; and transiently in a fourth."""
+def stored(state: Any) -> int:
+    """Bytes of the tensors in an optimizer's state."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(stored, state.values())) if isinstance(state, dict) else 0
+
+
+def measure(build: Build, numel: int, tensors: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes in the state after three steps; bytes held then beyond parameters and gradients; and transiently in a
+    fourth step."""
     parameters = parameters_of(numel, tensors, dtype)
     kept: list[Any] = []
 
@@ -36,7 +44,7 @@ def measure(build: Build, numel: int, tensors: int, dtype: torch.dtype) -> tuple
 
     _, persistent = held(run)
     transient, _ = held(kept[0].step)
-    return persistent, transient
+    return stored(kept[0].state), persistent, transient
 
 
 def main() -> None:
@@ -49,17 +57,18 @@ def main() -> None:
     print(f"{machine(torch.device('cpu'))}; {args.numel:,} parameters in {args.tensors} tensors; bytes per parameter")
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        plain, _ = measure(adamw, args.numel, args.tensors, dtype)
+        plain_state, plain, _ = measure(adamw, args.numel, args.tensors, dtype)
         for name, build, base in installed(args.contenders):
-            if base is not adamw or (dtype == torch.bfloat16 and "store_delta" in name):
+            if base is not adamw:
                 continue
-            persistent, transient = measure(build, args.numel, args.tensors, dtype)
-            figures = {"persistent": (persistent - plain) / args.numel, "transient": transient / args.numel}
+            state, persistent, transient = measure(build, args.numel, args.tensors, dtype)
+            more = (state - plain_state) / args.numel, (persistent - plain) / args.numel, transient / args.numel
+            figures = dict(zip(("state", "persistent", "transient"), more, strict=True))
             kind = str(dtype).removeprefix("torch.")
             results.append({"contender": name, "dtype": kind, **figures, "transient_bytes": transient})
             print(
-                f"{kind:9} {name:25} | persistent {figures['persistent']:6.2f} | transient {figures['transient']:6.2f} "
-                f"({transient / 2**20:.2f} MiB)",
+                f"{kind:9} {name:25} | state {figures['state']:5.2f} | held {figures['persistent']:5.2f} | transient "
+                f"{figures['transient']:5.2f} ({transient / 2**20:.2f} MiB)",
                 flush=True,
             )
     write(args.json, torch.device("cpu"), results)

@@ -33,7 +33,7 @@ from tasks import TASKS, chargpt
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manic import Mechanic, tuner
+from manic import Mechanic, scale_free
 
 CHOOSE, SCORE = (0, 1, 2), (3, 4, 5)  # seeds
 SCHEDULES = ("constant", "cosine")
@@ -221,7 +221,7 @@ class Contender:
     build: Callable[[Any, nn.Module, Run], Stepper]
     schedules: tuple[str, ...] = SCHEDULES
     dtype: torch.dtype = torch.float32  # of the parameters
-    constants: tuple[tuple[str, float], ...] = ()  # of manic.tuner, other than they are
+    constants: tuple[tuple[str, float], ...] = ()  # of manic.scale_free, other than they are
 
 
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
@@ -312,7 +312,7 @@ def train(run: Run) -> dict[str, Any]:
     initial = task.validate(model)
     stepper = contender.build(importlib.import_module(contender.module), model, run)
     losses = []
-    with mock.patch.multiple(tuner, **dict(contender.constants)) if contender.constants else nullcontext():
+    with mock.patch.multiple(scale_free, **dict(contender.constants)) if contender.constants else nullcontext():
         for step in range(run.steps):
             model.zero_grad()
             loss = task.loss(model, task.batch(1_000_000 * run.seed + step))

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+KINDS = ("state", "persistent", "transient")
 BARS = ("manic, compiled", "manic", "AdamWScheduleFree", "Prodigy", "mechanic-pytorch")
 COLOURS = ("#0b6e4f", "#6bbf8f", "#b0b7c3", "#8a93a3", "#5b6474")
 
@@ -45,8 +46,8 @@ def memory(results: list[dict[str, Any]]) -> str:
     dtypes, rows = names(results, "dtype"), []
     for name in names(results, "contender"):
         cells = [found.get((name, dtype)) for dtype in dtypes]
-        rows.append((name, [f"{r['persistent']:.1f} + {r['transient']:.2f}" if r else "–" for r in cells]))
-    return table("bytes per parameter, persistent + transient", dtypes, rows)
+        rows.append((name, [" / ".join(f"{r[kind]:.2f}" for kind in KINDS) if r else "–" for r in cells]))
+    return table("bytes per parameter: state / held / transient", dtypes, rows)
 
 
 def end_to_end(results: list[dict[str, Any]]) -> str:

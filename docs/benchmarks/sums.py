@@ -14,8 +14,10 @@ import torch
 from contenders import machine, write
 from torch import nn
 
-from manic import kernels, sweeps
-from manic.storage import Slot
+from manic.parameters import ParamState
+from manic.sweeps.native import native
+from manic.sweeps.passes import Passes
+from manic.tuner import Sums
 
 
 def errors(numel: int, dtype: torch.dtype) -> dict[str, float]:
@@ -27,11 +29,12 @@ def errors(numel: int, dtype: torch.dtype) -> dict[str, float]:
         "torch.dot, 64 Ki": max(abs(a / b - 1) for a, b in zip(short, exact, strict=True)),
     }
     zeros = torch.zeros(numel)
-    for name, kernel in (("manic", None), ("manic, compiled", kernels.native())):
-        slot = Slot(nn.Parameter(g), g, 1.0, 0, zeros, zeros)
-        groups = sweeps.grouped([slot], lambda _, kernel=kernel: kernel)
-        sums = sweeps.measure(groups, torch.zeros(1, dtype=torch.float64), {})[0]
-        found[name] = abs(sums[sweeps.GRAD_SQ].item() / sum(exact) - 1)
+    rest = torch.zeros(numel, dtype=torch.int16) if dtype == torch.bfloat16 else None
+    for name, kernels in (("manic", None), ("manic, compiled", native())):
+        state = ParamState(nn.Parameter(g), g, 1.0, 0, zeros, rest)
+        passes = Passes([state], kernels=lambda _, kernels=kernels: kernels)
+        ((_, sums),) = passes.measure(torch.zeros(1, dtype=torch.float64))
+        found[name] = abs(Sums(*sums[0]).grad_sq.item() / sum(exact) - 1)
     return found
 
 

@@ -2,5 +2,5 @@
 
 from manic.mechanic import Mechanic, is_mechanized, mechanize
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Mechanic", "is_mechanized", "mechanize"]

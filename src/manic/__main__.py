@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manic import __version__
-from manic.fit import FORMAT
-from manic.inspection import Found, inspect
+from manic.checkpoint.inspection import Found, inspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +57,12 @@ def text(path: Path, found: Found) -> str:
     """A Mechanic of a checkpoint, for people."""
     look, record = found.look, found.record
     width = max(12, *(len(name) for name in look.names))
-    parts = [record.base, *([record.scheduler] if record.scheduler else []), look.options.variant, f"format {FORMAT}"]
+    parts = [
+        record.base,
+        *([record.scheduler] if record.scheduler else []),
+        look.options.variant,
+        f"format {found.format}",
+    ]
     lines = [
         f"{path}{found.where and ': '}{found.where} ({', '.join(parts)}{', frozen' if record.frozen else ''})",
         f"  {'step':{width}}  {look.step}, of which {look.tuners[0].skipped:.0f} skipped",

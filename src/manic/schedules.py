@@ -1,16 +1,120 @@
-"""Folding a scale into everything that an optimizer and its LR schedulers hold in units of the lr."""
+"""The LR scheduler inside a Mechanic, and the scale folded into all that holds an lr."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 IN_A_GROUP = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # the last three are OneCycleLR's and SWALR's
 PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # lists; of all schedulers, CyclicLR and ReduceLROnPlateau
+
+
+class Schedule:
+    """The LR scheduler that the Mechanic steps: it was built on the base optimizer, and nobody else steps it.
+
+    Args:
+        scheduler: an LR scheduler built on `base`; None: there is none.
+        base: the optimizer inside.
+
+    Raises:
+        TypeError: it is no LR scheduler, or one that needs a metric in every step.
+        ValueError: it was built on another optimizer.
+    """
+
+    def __init__(self, scheduler: LRScheduler | None, base: Optimizer) -> None:
+        self.scheduler = scheduler
+        self._left: tuple[Any, list[Any]] | None = None  # where our own last step left it, and the lrs
+        if scheduler is None:
+            return
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "ReduceLROnPlateau needs a metric in every step, which Mechanic does not have: leave it out here, "
+                "build it on the optimizer or the Mechanic, and step it yourself"
+            )
+        if not isinstance(scheduler, LRScheduler):
+            raise TypeError(f"scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}")
+        if scheduler.optimizer is not base:
+            raise ValueError(
+                f"the {type(scheduler).__name__} was built on another optimizer: build it on the "
+                f"{type(base).__name__} that you wrap, before you wrap it"
+            )
+
+    @property
+    def name(self) -> str | None:
+        """Its class, and the classes of those that it is made of; None: there is no scheduler."""
+        return None if self.scheduler is None else name_of(self.scheduler)
+
+    @property
+    def members(self) -> list[LRScheduler]:
+        """The scheduler and those that it is made of."""
+        return [] if self.scheduler is None else list(parts(self.scheduler))
+
+    def state(self) -> dict[str, Any] | None:
+        """A copy of its state dict; None: there is no scheduler."""
+        return None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
+
+    @disable_dynamo
+    def step(self, groups: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
+        """Step it, and tell the user if something else has stepped it as well, or has set the lr."""
+        if self.scheduler is None:
+            return
+        name, (epoch, lrs), left = type(self.scheduler).__name__, self._where(groups), self._left
+        self.scheduler.step()
+        self._left = self._where(groups)
+        if left is not None and epoch != left[0]:
+            tell(
+                f"something else steps {name} as well: mechanic.step() steps it, so do not. A framework that steps "
+                "schedulers itself wants one that is built on the Mechanic, and none inside"
+            )
+        elif left is not None and lrs != left[1]:
+            tell(
+                f"something else has set the lr, though {name} is inside and sets it in every step. If that is another "
+                "LR scheduler, leave one out (Trainer of Transformers builds one of its own)"
+            )
+
+    def forget(self) -> None:
+        """What follows was not left so by our own last step."""
+        self._left = None
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a state, a copy of it, and try whether the scheduler can work out the lrs of now."""
+        assert self.scheduler is not None
+        self.scheduler.load_state_dict(copy.deepcopy(state))
+        _try_out(self.scheduler)
+        self.scheduler.load_state_dict(copy.deepcopy(state))  # a function may count its calls
+
+    def _where(self, groups: Sequence[dict[str, Any]]) -> tuple[Any, list[Any]]:
+        """Where the scheduler stands, and the lr of every group; for a tensor, which may be on a device, what tells
+        whether it was written to."""
+        lrs = [group.get("lr") for group in groups]
+        marks = [(id(lr), lr._version) if isinstance(lr, Tensor) else lr for lr in lrs]
+        return getattr(self.scheduler, "last_epoch", None), marks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_left": None}  # which goes by identity
+
+
+def _try_out(scheduler: LRScheduler) -> None:
+    """Have it work out the lrs of now, which it cannot where what it has loaded does not go together. Nothing stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is not how users should ask
+        for part in parts(scheduler):
+            if type(part).get_lr is LRScheduler.get_lr:  # which those that are made of others do not have
+                continue
+            dicts = [vars(part), *part.optimizer.param_groups]  # OneCycleLR sets the momentum
+            before = [dict(values) for values in dicts]
+            part.get_lr()
+            for values, old in zip(dicts, before, strict=True):
+                values.clear()
+                values.update(old)
 
 
 def parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from manic.storage import Layout, shards
+from manic.parameters import Layout, shards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -6,6 +6,8 @@ All of it is worked out on the host, from one copy of the tuner's state, when so
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, Adafactor, Optimizer, Rprop
 
-from manic.tuner import Options, Tuner
+from manic.tuner import Options, TunerState
 
 ENOUGH = 100  # steps, after which a scale has long left its start (it takes some 20 to 50)
 IDLE = 1000  # steps at one lr, after which somebody may have forgotten to step the scheduler
 UNPROPORTIONAL = (Rprop, ASGD, LBFGS, Adafactor)  # as docs/algorithm.md explains
+INSIDE = ("manic", "torch")  # a warning names the user's own line
 HARDLY = 1e-5  # times 1 + ‖x_ref‖: the size of a step with which nobody trains
 FAR = 100.0  # times 1 + ‖x_ref‖: nobody trains that far away from where he began
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """A run at one moment, on the host."""
 
     step: int  # calls of step() so far, those included that were skipped
@@ -30,7 +33,7 @@ class Look(NamedTuple):
     unit: float  # the base lr that is divided out of Δ
     names: list[str]  # of the param groups
     lrs: list[float]  # theirs, at this moment
-    tuners: list[Tuner]  # one; with per_group one per group
+    tuners: list[TunerState]  # one; with per_group one per group
 
     @property
     def scales(self) -> list[float]:
@@ -49,19 +52,19 @@ class Look(NamedTuple):
         return self.names if len(self.tuners) > 1 else [""]
 
 
-def look_at(groups: Sequence[dict[str, Any]], options: Options, unit: float) -> Look:
+def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) -> Snapshot:
     """The run that param groups, live or in a checkpoint, belong to. Waits for their device, once."""
     flats = [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
     rates = [group.get("lr", 1.0) for group in groups]
     tensors = [groups[0]["mechanic_step"], *(lr for lr in rates if isinstance(lr, Tensor))]
     together = torch.cat([*flats, *(t.to(flats[0]).reshape(1) for t in tensors)]).cpu()
-    size = Tuner.size(len(options.betas))
+    size = TunerState.size(len(options.betas))
     parts = together[: size * len(flats)].view(-1, size)
     step, *values = together[size * len(flats) :].tolist()
     numbers = iter(values)
     lrs = [next(numbers) if isinstance(lr, Tensor) else float(lr) for lr in rates]
-    tuners = [Tuner.unpack(part, len(options.betas)) for part in parts]
-    return Look(int(step) + int(tuners[0].skipped), options, unit, names_of(groups), lrs, tuners)
+    tuners = [TunerState.unpack(part, len(options.betas)) for part in parts]
+    return Snapshot(int(step) + int(tuners[0].skipped), options, unit, names_of(groups), lrs, tuners)
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -70,7 +73,7 @@ def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(i) for i in range(len(names))]
 
 
-def metrics(look: Look) -> dict[str, float]:
+def metrics(look: Snapshot) -> dict[str, float]:
     """As ``manic.Mechanic.metrics()``."""
     found: dict[str, float] = {}
     for owner, tuner in zip(look.owners, look.tuners, strict=True):
@@ -85,7 +88,9 @@ def metrics(look: Look) -> dict[str, float]:
     return found
 
 
-def findings(look: Look, last: Look, level: Look, base: type[Optimizer], waiting: bool) -> Iterator[tuple[str, str]]:
+def findings(
+    look: Snapshot, last: Snapshot, level: Snapshot, base: type[Optimizer], waiting: bool
+) -> Iterator[tuple[str, str]]:
     """What seems to be wrong with a run that is still learning: a kind, to be told once, and what to say.
 
     Args:
@@ -130,7 +135,7 @@ def findings(look: Look, last: Look, level: Look, base: type[Optimizer], waiting
             )
 
 
-def _of_one(tuner: Tuner, options: Options, of: str, first: bool) -> Iterator[tuple[str, str]]:
+def _of_one(tuner: TunerState, options: Options, of: str, first: bool) -> Iterator[tuple[str, str]]:
     """What can be told from the state of one learned scale. One that has left its start may well come back, where the
     minimum is reached: that is asked only at the `first` look."""
     steps, scale, update_norm = float(tuner.steps), float(tuner.scale), float(tuner.update_norm)
@@ -162,3 +167,44 @@ def _of_one(tuner: Tuner, options: Options, of: str, first: bool) -> Iterator[tu
             "then, and the scale grows on: has the loss diverged, or has it no minimum (classes that can be told apart "
             "without an error)? Weight decay gives it one",
         )
+
+
+class Monitor:
+    """Warns of what seems to be wrong with a run, once of each."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._seen: tuple[Snapshot, Snapshot] | None = None  # the first with the lrs of the last, and the last
+
+    def tell(self, message: str, kind: str = "") -> None:
+        """Warn, unless that was done before: in these words, or of this kind."""
+        if (kind or message) not in self._told:
+            self._told.add(kind or message)
+            warn(message)
+
+    def examine(self, now: Snapshot, base: type[Optimizer], *, waiting: bool) -> None:
+        """Warn of what a run that is still learning seems to do wrong. `waiting`: as in ``findings()``."""
+        level, last = self._seen or (now, now)
+        level = level if level.lrs == now.lrs else now
+        self._seen = level, now
+        for kind, message in findings(now, last, level, base, waiting):
+            self.tell(message, kind)
+
+    def forget(self) -> None:
+        """The next snapshot is not to be compared with the last."""
+        self._seen = None
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the first caller outside torch and this package."""
+    callers = [name.partition(".")[0] for name in _callers()]
+    warnings.warn(message, stacklevel=1 + next((i for i, name in enumerate(callers) if name not in INSIDE), 0))
+
+
+def _callers() -> list[str]:
+    """The names of the modules on the stack, from the caller of this function outwards."""
+    names, frame = [], sys._getframe(1)
+    while frame is not None:
+        names.append(frame.f_globals.get("__name__", ""))
+        frame = frame.f_back  # type: ignore[assignment]
+    return names

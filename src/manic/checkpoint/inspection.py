@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manic.fit import FORMAT, Record, read_record
-from manic.report import Look, look_at, metrics
-from manic.storage import DELTA, REF
+from manic.checkpoint.format1 import format_of, upgraded_group
+from manic.checkpoint.record import Record, read
+from manic.diagnostics import Snapshot, metrics, snapshot
+from manic.parameters import DELTA, REF, REST
 
 GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_(?:state|step|options|scheduler)|lr|name)")
 STATE = re.compile(r"(.*\.)?state\.(.+)\.([^.]+)")
@@ -52,9 +53,10 @@ class Found(NamedTuple):
     """A Mechanic in a checkpoint."""
 
     where: str  # the key that it lies under; "" at the top
+    format: int  # in which it was written
     record: Record
-    look: Look
-    sizes: dict[str, int]  # bytes of x_ref, Δ, and the base's own state
+    look: Snapshot
+    sizes: dict[str, int]  # bytes of x_ref, Δ, the rest of x, and the base's own state
     tensors: int  # how many parameters have stepped
     numel: int  # their elements
 
@@ -63,7 +65,7 @@ class Found(NamedTuple):
         look, options = self.look, self.look.options
         return {
             "where": self.where,
-            "format": FORMAT,
+            "format": self.format,
             "base": self.record.base,
             "scheduler": self.record.scheduler,
             "frozen": self.record.frozen,
@@ -118,22 +120,25 @@ def _at(place: str, entries: dict[str, Entry]) -> Found:
         match = GROUP.fullmatch(key)
         if match and (match[1] or "") == place:
             groups.setdefault(match[2], {})[match[3]] = entry.read()
-    record = read_record(list(groups.values()))
+    written = format_of(next(iter(groups.values())))
+    if written == 1:
+        groups = {name: upgraded_group(group) for name, group in groups.items()}
+    record, _ = read(list(groups.values()))
     # A flattened state dict has a group for every parameter: alike, as far as we are concerned.
     distinct = {
         (str(group.get("name")), str(group.get("lr")), tuple(group["mechanic_state"].tolist())): group
         for group in groups.values()
     }
     alike = list(distinct.values()) if len(distinct) < len(groups) else list(groups.values())
-    sizes = {"x_ref": 0, "delta": 0, "base": 0}
+    sizes = {"x_ref": 0, "delta": 0, "rest": 0, "base": 0}
     numels: dict[str, int] = {}
     for key, entry in entries.items():
         match = STATE.fullmatch(key)
         if match and (match[1] or "") == place:
-            sizes[{REF: "x_ref", DELTA: "delta"}.get(match[3], "base")] += entry.size
+            sizes[{REF: "x_ref", DELTA: "delta", REST: "rest"}.get(match[3], "base")] += entry.size
             numels[match[2]] = max(entry.numel, numels.get(match[2], 0))
-    look = look_at(alike, record.options, record.unit or 1.0)
-    return Found(place.rstrip("."), record, look, sizes, len(numels), sum(numels.values()))
+    look = snapshot(alike, record.options, record.base_lr or 1.0)
+    return Found(place.rstrip("."), written, record, look, sizes, len(numels), sum(numels.values()))
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, Entry]]:

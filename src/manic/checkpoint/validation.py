@@ -1,27 +1,23 @@
-"""Whether a checkpoint fits a Mechanic: all that is asked of one before anything is loaded."""
+"""Whether a checkpoint fits: all that is asked of one before anything is loaded."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from manic.schedules import IN_A_GROUP, PER_GROUP, name_of
-from manic.storage import DELTA, REF, layout_of, local, shards
-from manic.tuner import Options, Tuner
-
-if TYPE_CHECKING:
-    from manic.mechanic import Mechanic
-
-FORMAT = 1
-TUNER = ("mechanic_state", "mechanic_step")
+from manic.checkpoint.record import Record, is_plain, read
+from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, shards
+from manic.schedules import IN_A_GROUP, PER_GROUP
+from manic.tuner import Options, TunerState
 
 # State that torch's optimizers keep in the shape of the parameter. (Not Adafactor's and LBFGS's.)
 SHAPED = {
@@ -33,30 +29,33 @@ SHAPED = {
 WRONG = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, AssertionError, RuntimeError)
 
 
-class Record(NamedTuple):
-    """What a checkpoint says of its Mechanic: see ``manic.checkpoint.record()``."""
+class Target(NamedTuple):
+    """What a checkpoint is to be loaded into."""
 
-    base: str  # name of the base's class
-    scheduler: str | None  # of the inner scheduler's, and of those that it is made of
-    schedule: dict[str, Any] | None  # its state
-    unit: float  # the base lr that is divided out
-    lazy: bool  # the base creates its state in its first step
-    frozen: bool
-    options: Options
+    base: Optimizer
+    scheduler: LRScheduler | None
+    record: Record
+    spread: bool  # other processes hold parameters of this model without a mark on the tensors
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The live parameters, in order."""
+        return [p for group in self.base.param_groups for p in group["params"]]
 
 
-def check(mechanic: Mechanic, state_dict: dict[str, Any]) -> Record | None:
-    """What a checkpoint that fits says of its Mechanic; None: it is a plain optimizer's. Changes nothing.
+def check(target: Target, state_dict: dict[str, Any]) -> tuple[Record, dict[str, Any] | None] | None:
+    """What a checkpoint that fits says: its record and the state of its scheduler; None: it is a plain optimizer's.
+    Changes nothing.
 
     Raises:
         ValueError: it does not fit.
     """
     try:
         state_dict = {**state_dict, "state": by_number(state_dict)}
-        groups = _check_groups(mechanic, state_dict)
+        groups = _check_groups(target, state_dict)
         plain = not any("mechanic_state" in group for group in groups)
-        saved = None if plain else _check_record(mechanic, groups)
-        _check_state(mechanic, state_dict, saved)
+        saved = None if plain else _check_record(target, groups)
+        _check_state(target, state_dict, None if saved is None else saved[0])
     except ValueError:
         raise
     except WRONG as error:
@@ -76,29 +75,29 @@ def by_number(state_dict: dict[str, Any]) -> dict[Any, Any]:
     return state
 
 
-def by_id(mechanic: Mechanic, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+def by_id(base: Optimizer, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
     """The live parameters by the ids that they have in the checkpoint."""
     ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    params = chain.from_iterable(group["params"] for group in mechanic.param_groups)
+    params = chain.from_iterable(group["params"] for group in base.param_groups)
     return dict(zip(ids, params, strict=True))
 
 
 # ---------------------------------------------------------------------- param groups
 
 
-def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    saved, live = state_dict["param_groups"], mechanic.param_groups
+def _check_groups(target: Target, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    saved, live = state_dict["param_groups"], target.base.param_groups
     sizes = [len(group["params"]) for group in saved], [len(group["params"]) for group in live]
     if len(sizes[0]) != len(sizes[1]):
         raise ValueError(f"the checkpoint has {len(sizes[0])} param groups, the optimizer has {len(sizes[1])}")
     ids = [key for group in saved for key in group["params"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"the param groups of the checkpoint have a parameter twice: {ids}")
-    constructor = inspect.signature(type(mechanic.base_optimizer).__init__).parameters
+    constructor = inspect.signature(type(target.base).__init__).parameters
     for i, (theirs, ours) in enumerate(zip(*sizes, strict=True)):
         if theirs != ours:
             raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")
-        for name, default in mechanic.defaults.items():
+        for name, default in target.base.defaults.items():
             # torch fills in the flags that an older version did not have; a number is another optimizer's.
             if name not in saved[i] and default is not None and not isinstance(default, bool):
                 raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
@@ -108,7 +107,7 @@ def _check_groups(mechanic: Mechanic, state_dict: dict[str, Any]) -> list[dict[s
         own = {name for name in live[i] if name.startswith("mechanic_")}
         for name in saved[i].keys() & live[i].keys() - own - {"params"}:
             value, here = saved[i][name], live[i][name]
-            optional = mechanic.defaults.get(name) is None or getattr(constructor.get(name), "default", 0) is None
+            optional = target.base.defaults.get(name) is None or getattr(constructor.get(name), "default", 0) is None
             unset = value is None and optional and name not in IN_A_GROUP
             endless = name in IN_A_GROUP and _is_number(value) and not math.isfinite(value)
             if not unset and (endless or not _alike(value, here)):
@@ -141,80 +140,28 @@ def _endless(value: Any, here: Any) -> bool:
 
 def _is_number(value: object) -> bool:
     if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool and _is_plain(value)
+        return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool and is_plain(value)
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_plain(value: Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_meta
 
 
 # ---------------------------------------------------------------------- the Mechanic's own
 
 
-def read_record(groups: Sequence[Mapping[str, Any]]) -> Record:
-    """What the param groups of a checkpoint say of their Mechanic, and that their tensors are as it says.
-
-    Raises:
-        ValueError: something is missing, broken, or of another format.
-    """
-    for i, group in enumerate(groups):
-        for key in ("mechanic_options", *TUNER):
-            if key not in group:
-                raise ValueError(f"param group {i} of the checkpoint has no {key!r}")
-    saved = _in_a_tuple(groups[0]["mechanic_options"], "options are").copy()
-    found = saved.pop("format", None)
-    if not isinstance(found, int) or found != FORMAT:
-        raise ValueError(f"the checkpoint has format {found!r}, this version of manic reads {FORMAT}: upgrade manic")
-    try:
-        base, scheduler = saved.pop("base"), saved.pop("scheduler")
-        unit, lazy, frozen = float(saved.pop("unit")), saved.pop("lazy"), saved.pop("frozen")
-        if not isinstance(lazy, bool) or not isinstance(frozen, bool):
-            raise TypeError(f"lazy = {lazy!r} and frozen = {frozen!r} must be bools")
-        if not 0 <= unit < math.inf:
-            raise ValueError(f"unit = {unit} must be >= 0 and finite")
-        options = Options(**saved)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the checkpoint's options are broken: {error}") from error
-    for i, group in enumerate(groups):
-        for key, expected in zip(TUNER, ((Tuner.size(len(options.betas)),), ()), strict=True):
-            value = group[key]
-            fits = isinstance(value, Tensor) and value.shape == expected and _is_plain(value)
-            if not fits or not value.is_floating_point():
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{key} of param group {i} must be a float tensor of shape {expected}, got {got}")
-            _check_finite(f"{key} of param group {i}", value)
-            if not options.per_group and not torch.equal(value, groups[0][key].to(value)):
-                raise ValueError(f"{key} of param group {i} differs from that of group 0, and they share one scale")
-    schedule = None
-    if scheduler is not None:
-        if "mechanic_scheduler" not in groups[0]:
-            raise ValueError(f"the checkpoint has a {scheduler}, and no 'mechanic_scheduler'")
-        schedule = _in_a_tuple(groups[0]["mechanic_scheduler"], "state of the scheduler is")
-    return Record(base, scheduler, schedule, unit, lazy, frozen, options)
-
-
-def _in_a_tuple(value: Any, what: str) -> dict[str, Any]:
-    """A dict, which DCP keeps whole only if it is in a tuple."""
-    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], dict):
-        return value[0]
-    raise ValueError(f"the checkpoint's {what} broken: {value!r}")
-
-
-def _check_record(mechanic: Mechanic, groups: list[dict[str, Any]]) -> Record:
+def _check_record(target: Target, groups: list[dict[str, Any]]) -> tuple[Record, dict[str, Any] | None]:
     """The checkpoint's record, of a Mechanic around the same base, with a scheduler of the same kind."""
-    saved = read_record(groups)
-    ours, scheduler = type(mechanic.base_optimizer).__name__, mechanic.scheduler
-    if saved.base != ours:
-        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {ours}")
-    if scheduler is None or saved.schedule is None:
-        return saved
-    if saved.scheduler != name_of(scheduler):
+    saved, schedule = read(groups)
+    if saved.base != target.record.base:
         raise ValueError(
-            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has {name_of(scheduler)}"
+            f"the checkpoint is of a Mechanic around {saved.base}, this one is around {target.record.base}"
         )
-    _check_schedule(saved.schedule, scheduler.state_dict(), type(scheduler).__name__)
-    return saved
+    if target.scheduler is not None and schedule is not None:
+        if saved.scheduler != target.record.scheduler:
+            raise ValueError(
+                f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has "
+                f"{target.record.scheduler}"
+            )
+        _check_schedule(schedule, target.scheduler.state_dict(), type(target.scheduler).__name__)
+    return saved, schedule
 
 
 def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> None:
@@ -245,47 +192,59 @@ def _check_schedule(saved: dict[str, Any], here: dict[str, Any], name: str) -> N
 # ---------------------------------------------------------------------- state
 
 
-def _check_state(mechanic: Mechanic, state_dict: dict[str, Any], saved: Record | None) -> None:
-    options, frozen = (mechanic._options, False) if saved is None else (saved.options, saved.frozen)
-    params, state = by_id(mechanic, state_dict), state_dict["state"]
-    mechanic._check_params(list(params.values()), options)
+def _check_state(target: Target, state_dict: dict[str, Any], saved: Record | None) -> None:
+    params, state = by_id(target.base, state_dict), state_dict["state"]
     foreign = [key for key in state if isinstance(key, int) and key not in params]
     if foreign:
         raise ValueError(f"the checkpoint has state of parameter {foreign[0]}, which is in none of its param groups")
     for key in params:
         if not isinstance(state.get(key, {}), dict):
             raise ValueError(f"the state of parameter {key} is {state[key]!r} in the checkpoint, and must be a dict")
-    ours = set() if frozen else {REF, DELTA} if options.store_delta else {REF}
     stepped = {key: state[key] for key in params if state.get(key)}
     for key, values in stepped.items():
-        if values.keys() & {REF, DELTA} not in (ours, set()):
-            raise ValueError(
-                f"the state of parameter {key} has {sorted(values.keys() & {REF, DELTA})}, not {sorted(ours)}"
-            )
-        for name in sorted(ours & values.keys()):
-            _check_tensor(f"{name} of parameter {key}", values[name], params[key])
-            _check_finite(f"{name} of parameter {key}", values[name])
-    if saved is not None and not frozen and mechanic.process_group is None:
-        _check_whole(params, stepped, state_dict["param_groups"], options)
-    if type(mechanic.base_optimizer).__module__.startswith("torch.optim"):
-        _check_base_state(mechanic, state_dict["param_groups"], stepped, params)
+        _check_kept(key, values, params[key], saved)
+    if saved is not None and not saved.frozen and not target.spread:
+        _check_whole(params, stepped, state_dict["param_groups"], saved.options)
+    if type(target.base).__module__.startswith("torch.optim"):
+        _check_base_state(target, state_dict["param_groups"], stepped, params)
+
+
+def _check_kept(key: Any, values: dict[str, Any], p: Tensor, saved: Record | None) -> None:
+    """That what a parameter has of ours is what the variant keeps."""
+    ours: set[str] = set()
+    if saved is None or not saved.frozen:
+        slot = SLOT[saved.options.variant if saved is not None else "scale_free"]
+        ours = {slot, REST} if p.dtype in RESTS else {slot}
+    if values.keys() & set(KEPT) not in (ours, set()):
+        raise ValueError(
+            f"the state of parameter {key} has {sorted(values.keys() & set(KEPT))} in the checkpoint, and must have "
+            f"{sorted(ours)}: was it saved with parameters of another dtype?"
+        )
+    for name in sorted(ours & values.keys()):
+        what, value = f"{name} of parameter {key}", values[name]
+        like = RESTS[p.dtype] if name == REST else None
+        _check_tensor(what, value, p, floating=False if like == torch.int16 else None)
+        if like == torch.int16 and value.dtype != torch.int16:
+            raise ValueError(f"{what} is {value.dtype} in the checkpoint, and must be {like}")
+        _check_finite(what, value)
 
 
 def _check_whole(
     params: dict[Any, Tensor], stepped: dict[Any, Any], groups: list[dict[str, Any]], options: Options
 ) -> None:
-    """That what the last step was about has its x_ref: other elements would begin anew, and nobody would know."""
-    counts = [Tuner.unpack(group["mechanic_state"], len(options.betas)).numel for group in groups]
+    """Check that every parameter of the last step has its slot: without it, it would silently begin anew."""
+    counts = [TunerState.unpack(group["mechanic_state"], len(options.betas)).numel for group in groups]
     members = [group["params"] for group in groups]
+    slot = SLOT[options.variant]
     if not options.per_group:
         counts, members = counts[:1], [list(chain.from_iterable(members))]
     for count, keys in zip(counts, members, strict=True):
-        known = [key for key in keys if REF in stepped.get(key, {})]
+        known = [key for key in keys if slot in stepped.get(key, {})]
         frozen = [key for key in keys if key not in known and not params[key].requires_grad]  # DCP leaves them out
         numel = sum(params[key].numel() for key in known + frozen)
         if numel < float(count) * (1 if count.dtype == torch.float64 else 1 - 1e-6):
             raise ValueError(
-                f"the checkpoint is of step {int(groups[0]['mechanic_step'])}, but has no {REF!r} for "
+                f"the checkpoint is of step {int(groups[0]['mechanic_step'])}, but has no {slot!r} for "
                 f"{float(count) - numel:.0f} of the {float(count):.0f} elements that had a gradient then. "
                 "torch.distributed.checkpoint loads what it is asked for: ask with the Mechanic itself, "
                 "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there, and not frozen"
@@ -293,10 +252,10 @@ def _check_whole(
 
 
 def _check_base_state(
-    mechanic: Mechanic, groups: list[dict[str, Any]], stepped: dict[Any, Any], params: dict[Any, Tensor]
+    target: Target, groups: list[dict[str, Any]], stepped: dict[Any, Any], params: dict[Any, Tensor]
 ) -> None:
     """That one of torch's own optimizers finds in the state what it will look for."""
-    base = mechanic.base_optimizer
+    base = target.base
     examples: dict[Any, dict[str, Any] | None] = {}
     for i, group in enumerate(groups):
         members = [key for key in group["params"] if key in stepped]
@@ -307,8 +266,8 @@ def _check_base_state(
             if kind not in examples:
                 examples[kind] = _example(base, i, group, p)
             example = examples[kind]
-            if not mechanic._lazy:
-                example = {name: value for name, value in base.state[p].items() if name not in (REF, DELTA)}
+            if not target.record.lazy:
+                example = {name: value for name, value in base.state[p].items() if name not in KEPT}
             elif example is None:
                 example = dict.fromkeys(known, p)
             for name, like in example.items():
@@ -360,7 +319,7 @@ def _check_value(name: str, what: str, value: Any, like: Any, p: Tensor) -> None
     if isinstance(like, Tensor) and (like.dim() > 0 or name in SHAPED):
         if like.shape in (p.shape, (2,) * p.dim()):
             _check_tensor(what, value, p)
-        elif not isinstance(value, Tensor) or value.dim() != like.dim() or not _is_plain(value):
+        elif not isinstance(value, Tensor) or value.dim() != like.dim() or not is_plain(value):
             raise ValueError(f"{what} is {value!r} in the checkpoint, and must be a tensor of {like.dim()} dimensions")
         if bool(local(value).isnan().any()):
             raise ValueError(f"{what} has NaN in it: the checkpoint is damaged, or of a run that was lost")
@@ -374,10 +333,11 @@ def _check_value(name: str, what: str, value: Any, like: Any, p: Tensor) -> None
         raise ValueError(f"{what} is {value!r} in the checkpoint")
 
 
-def _check_tensor(what: str, value: Any, p: Tensor) -> None:
-    """That a value of the checkpoint can be the state of p."""
-    fits = isinstance(value, Tensor) and value.shape == p.shape and _is_plain(value)
-    if not fits or (value.is_complex(), value.is_floating_point()) != (p.is_complex(), p.is_floating_point()):
+def _check_tensor(what: str, value: Any, p: Tensor, *, floating: bool | None = None) -> None:
+    """That a value of the checkpoint can be the state of p. `floating`: whether it holds such numbers, if not as p."""
+    fits = isinstance(value, Tensor) and value.shape == p.shape and is_plain(value)
+    expected = p.is_complex(), p.is_floating_point() if floating is None else floating
+    if not fits or (value.is_complex(), value.is_floating_point()) != expected:
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what} is {got} in the checkpoint; the parameter is {tuple(p.shape)} {p.dtype}")
     if shards(layout_of(value)) != shards(layout_of(p)):

@@ -1,0 +1,401 @@
+"""One step of Algorithm 1 (arXiv 2306.00144), learning or frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
+
+from manic.checkpoint.record import Record
+from manic.collectives import over_group, over_mesh
+from manic.parameters import KEPT, REST, SLOT, Layout, ParamState, collect, entry, shards, signature
+from manic.scale_free import scale_free
+from manic.sweeps.kernels import kernels_for
+from manic.sweeps.passes import Passes
+from manic.tuner import Motion, Options, Sums, TunerState, growth, inner_product, largest_update, over
+from manic.wrapper import Closure, Inside
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PAPER_S_INIT = 1e-8
+
+
+class Learner:
+    """A Mechanic that learns: x_t to x_{t+1}, and the tuner's state with them.
+
+    Args:
+        base: the optimizer inside. Its groups hold the tuner's state, its state holds the slots.
+        record: options, and the base lr that is divided out.
+        device: where the tuner's state is.
+        process_group: the ranks over which one model's parameters are spread without a mark on the tensors.
+        compiled: take the C++ sweeps on the CPU, and the compiled scalar half elsewhere.
+        fresh: no step has created slots yet, so that what there is was rehearsed.
+    """
+
+    def __init__(
+        self,
+        base: Inside,
+        record: Record,
+        device: torch.device,
+        process_group: ProcessGroup | None,
+        *,
+        compiled: bool = False,
+        fresh: bool = True,
+    ) -> None:
+        self.base, self.record, self.device, self.process_group = base, record, device, process_group
+        self.compiled, self.fresh = compiled, fresh
+        # For how many steps more some S may still be 0, as far as the host knows.
+        self._starting = 3 if record.options.variant == "scale_free" else 0
+        self._passes: tuple[Any, Passes] | None = None  # of the last step, and by what they are known again
+        self._betas = torch.tensor(record.options.betas, dtype=precise(device), device=device)
+
+    @property
+    def divisors(self) -> list[float]:
+        """What each group's lr is divided by in the base's step.
+
+        The ratios of the groups and the schedule stay, and the updates are large enough beside the parameters that
+        x_t + u_t - x_t keeps the digits of u_t.
+        """
+        return [self.unit] * len(self.base.groups)
+
+    @property
+    def unit(self) -> float:
+        """The base lr that is divided out; 1 while it is not known."""
+        return self.record.base_lr or 1.0
+
+    def step(self, closure: Closure | None) -> bool:
+        """Algorithm 1: x_t to x_{t+1}. False: a gradient was not finite, as the host knows, and nothing has moved."""
+        if self.fresh:
+            self._forget_rehearsal()
+        passes = self._take()  # the parameters that have a gradient
+        bare = [one.param for one in passes.states if one.entering and not self.base.optimizer.state.get(one.param)]
+        try:
+            sums = self._measure(passes)  # <d,g> <d,x> |g|² |x|² |d|² of all ranks; x_t is put aside
+            ok = torch.isfinite(sums).all()
+            new, motion = self._tune(sums, ok)  # h m v r W → s_{t+1}, and where that sends x and its slot
+            if known_false(ok):
+                self._store([old._replace(skipped=old.skipped + 1) for old in self.tuners()])
+                return False
+            try:
+                self._keep_quiet(passes, new, ok)
+                self.base.step(closure, self.divisors)  # the parameters hold x_t + u_t
+                if self._starting:
+                    new, motion = self._start(passes, sums, ok)
+                self._finish(passes, new, motion, ok)  # x_{t+1}; x_ref, or Δ; the tuner's state
+            except BaseException:
+                self.base.come_back()
+                if passes.moving:  # the way back is lost: go on
+                    self._finish(passes, new, motion, ok)
+                else:
+                    passes.restore()
+                    for p in bare:  # whose state the base had begun to make
+                        self.base.optimizer.state.pop(p, None)
+                raise
+            return True
+        finally:
+            passes.release()
+
+    @disable_dynamo
+    def _take(self) -> Passes:
+        """The parameters that have a gradient, grouped anew only where something is not as it was in the last step."""
+        options, groups, state = self.record.options, self.base.groups, self.base.optimizer.state
+        looks = signature(self.base.params(), state)
+        seen = looks and ([(len(group["params"]), group.get("maximize")) for group in groups], *looks)
+        if self._passes is not None and self._passes[0] is not None and self._passes[0] == seen:
+            passes = self._passes[1]
+            for one in passes.states:
+                one.grad = one.param.grad
+            return passes
+        states = list(collect(groups, state, options.variant, per_group=options.per_group))
+        difference = options.variant == "scale_free"
+        passes = Passes(states, self.base.layouts(), difference, self._kernels)
+        entering = any(one.entering for one in states)  # whose x_ref is x of this moment
+        self._passes = None if entering else seen, passes
+        return passes
+
+    def _kernels(self, device: torch.device) -> Any:
+        return kernels_for(device, compiled=self.compiled)
+
+    @property
+    def spread(self) -> bool:
+        """Whether this process has but a part of the model."""
+        return self.process_group is not None or shards(self.base.layouts()[0]) > 1
+
+    @disable_dynamo
+    def _measure(self, passes: Passes) -> Tensor:
+        """The global sums at x_t: [k, 9], columns as in ``manic.tuner.Sums``."""
+        update_sq = self.read("update_sq")
+        total = torch.zeros(len(update_sq), len(Sums._fields), dtype=update_sq.dtype, device=update_sq.device)
+        for i, (layout, part) in enumerate(passes.measure(update_sq)):
+            if i == 0:
+                part[:, -1] = update_sq
+            total += over_mesh(part, layout)
+        return over_group(total, self.process_group)
+
+    def _tune(self, sums: Tensor, ok: Tensor, *, start: bool = False) -> tuple[list[TunerState], Tensor]:
+        """The scalar half: the new state of every learned scale, not yet stored, and the motion, [k, 4].
+
+        Args:
+            sums: as ``_measure()`` returns them.
+            ok: whether the step counts, a 0-d bool on the tuner's device.
+            start: where S is 0, the size of an update is that of this step. So it is in the unit of its lr: no leap of
+                the lr lies between the two.
+        """
+        options, olds = self.record.options, self.tuners()
+        tune_one = compiled_tune() if self.compiled and not on_host(ok) else tune
+        rates = [group.get("lr", self.unit) / self.unit for group in self.base.groups]
+        lrs = [_largest(some, sums) for some in (zip(rates) if options.per_group else [rates])]
+        if start:
+            olds = [
+                old._replace(peak=torch.where(ok & (old.scale == 0), torch.maximum(old.peak, lr), old.peak))
+                for old, lr in zip(olds, lrs, strict=True)
+            ]
+        found = [
+            tune_one(old, Sums(*row), ok, self._betas, options, self.unit, lr)
+            for old, row, lr in zip(olds, sums, lrs, strict=True)
+        ]
+        return [new for new, _ in found], torch.stack([torch.stack(motion) for _, motion in found])
+
+    @disable_dynamo
+    def _start(self, passes: Passes, sums: Tensor, ok: Tensor) -> tuple[list[TunerState], Tensor]:
+        """As ``_tune()``, once the base has stepped for the first time: S starts at the size of its update."""
+        mine = self._update_sq(passes.update_sq(self.read("scale")))
+        total = over_group(over_mesh(mine, self.base.layouts()[0]), self.process_group)
+        scale = self.read("scale")
+        sums = torch.cat([sums[:, :-1], torch.where(scale > 0, sums[:, -1], total)[:, None]], 1)
+        new, motion = self._tune(sums, ok, start=True)
+        started = field_of(new, "scale") > 0
+        moved = any(isinstance(lr, Tensor) or lr != 0 for lr in (group.get("lr", 1) for group in self.base.groups))
+        if on_host(started):
+            self._starting = int(known_false(started))
+        elif moved:  # unless the gradients were not finite, more than once
+            self._starting -= 1
+        return new, motion
+
+    def _keep_quiet(self, passes: Passes, new: list[TunerState], ok: Tensor) -> None:
+        """Where no update is to follow, the base sees gradients of 0."""
+        counts = ok & (field_of(new, "outliers") == self.read("outliers"))
+        if not on_host(counts) or known_false(counts):
+            passes.discard(counts)
+
+    def _finish(self, passes: Passes, new: list[TunerState], motion: Tensor, ok: Tensor) -> None:
+        """What follows the base's step. It may be interrupted anywhere, and called again."""
+        update_sq = torch.where(ok, self._update_sq(passes.move(motion)), self.read("update_sq"))
+        self._put(passes.states)
+        self._store([state._replace(update_sq=u) for state, u in zip(new, update_sq, strict=True)])
+        self.fresh &= not passes.states
+
+    def _update_sq(self, parts: dict[Layout, Tensor]) -> Tensor:
+        """‖u_t‖² over this process's share of the parameters, [k].
+
+        The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
+        """
+        first = next(iter(parts))
+        shares = [part if shards(layout) > 1 else part / shards(first) for layout, part in parts.items()]
+        return torch.stack(shares).sum(0).nan_to_num_(0.0, 0.0, 0.0)
+
+    def _put(self, states: Sequence[ParamState]) -> None:
+        """The slots of the parameters that entered, beside the state that the base has now created for them: in the
+        order of the parameters, in which every rank gathers them."""
+        slot = SLOT[self.record.options.variant]
+        for one in states:
+            kept = self.base.optimizer.state[one.param]
+            if one.entering:
+                kept[slot] = one.slot
+            if one.rest is not None and kept.get(REST) is not one.rest:
+                kept[REST] = one.rest
+
+    def _store(self, tuners: list[TunerState]) -> None:
+        """What the tuner has learned becomes its state."""
+        for flat, tuner in zip(_flats(self.base.groups, self.record.options), tuners, strict=True):
+            flat.copy_(tuner.pack())
+        self.base.groups[0]["mechanic_step"].copy_(tuners[0].steps)  # shared by all groups
+
+    # ------------------------------------------------------------------ the state
+
+    def tuners(self) -> list[TunerState]:
+        """The state of every learned scale: one, or one per group; live views."""
+        return stored(self.base.groups, self.record.options)
+
+    def read(self, field: str) -> Tensor:
+        """A 0-d field of every learned scale: [k], a copy."""
+        return field_of(self.tuners(), field)
+
+    def packed(self, flat: Tensor) -> Tensor:
+        """A copy of a ``mechanic_state`` as a checkpoint is to have it: without what only this process knows."""
+        if self.spread:
+            flat[-1] = -1.0
+        return flat
+
+    @disable_dynamo
+    def _forget_rehearsal(self) -> None:
+        """Sweep away what a rehearsal, or a checkpoint of one, left in the state: the first real step begins."""
+        state = self.base.optimizer.state
+        for p in [p for p in self.base.params() if SLOT[self.record.options.variant] in state.get(p, {})]:
+            if self.record.lazy:
+                del state[p]  # the base's own first step is still to come
+            elif p.grad is not None:
+                for key in KEPT:
+                    state[p].pop(key, None)
+
+    def enter(self, params: Sequence[Tensor]) -> None:
+        """Give parameters their slots at once, before a step that counts."""
+        for p in params:
+            self.base.optimizer.state[p].update(entry(p, self.record.options.variant))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_passes": None}  # which goes by identity
+
+
+class Frozen:
+    """A Mechanic that has stopped learning: x_{t+1} = x_t + S·u_t, by the base alone at lr × scale.
+
+    Args:
+        base: the optimizer inside.
+        scales: of each param group, in the user's units; 0: none was learned.
+    """
+
+    def __init__(self, base: Inside, scales: Sequence[float]) -> None:
+        self.base = base
+        self.divisors = [1 / scale if scale > 0 else math.inf for scale in scales]
+
+    def enter(self, params: Sequence[Tensor]) -> None:
+        """No parameter gets a slot."""
+
+    def packed(self, flat: Tensor) -> Tensor:
+        """As ``Learner.packed()``: there is nothing that only this process knows."""
+        return flat
+
+    def step(self, closure: Closure | None) -> bool:
+        """The base's own step; nothing is learned, and no gradient is looked at."""
+        if all(math.isinf(divisor) for divisor in self.divisors):
+            raise ValueError(
+                "this Mechanic was frozen before it had learned a scale, which serves to load a frozen checkpoint: "
+                "load one, or build a new Mechanic, train, and call freeze() then"
+            )
+        count = self.base.groups[0]["mechanic_step"]
+        after = count + 1
+        self.base.finished = False
+        try:
+            self.base.step(closure, self.divisors)
+            count.copy_(after)
+        except BaseException:
+            self.base.come_back()
+            if self.base.finished:
+                count.copy_(after)
+            raise
+        return True
+
+
+def tune(
+    old: TunerState, sums: Sums, ok: Tensor, betas: Tensor, options: Options, unit: float, lr: Tensor
+) -> tuple[TunerState, Motion]:
+    """One step of the tuner: Algorithm 1 from h_t to s_{t+1}.
+
+    Args:
+        old: the state after the last step.
+        sums: the global sums at x_t.
+        ok: 0-d bool. False: the sums are not finite. The state stays, but for one more skipped step and the norm of
+            the parameters that entered; and nothing moves.
+        betas: ``options.betas`` as a [n] tensor on the state's device.
+        options: variant, s_decay, s_init, eps.
+        unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
+        lr: 0-d, the lr of this step over the base lr.
+
+    Returns:
+        the new state, whose ``update_sq`` is still that of the old one, and the motion.
+    """
+    ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
+    if options.variant == "paper":
+        new, motion = paper(old, sums, betas, options)
+    else:
+        new, motion = scale_free(old._replace(ref_sq=ref_sq), sums, betas, options, unit, lr)
+    new = new._replace(members=sums.members, numel=sums.numel, steps=old.steps + 1)
+    kept = TunerState(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
+    return (
+        kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok),
+        Motion(*(torch.where(ok, factor, 0) for factor in motion)),
+    )
+
+
+@lru_cache(maxsize=1)
+def compiled_tune() -> Callable[..., Any]:
+    """``tune()`` in a kernel or two instead of some sixty."""
+    return torch.compile(tune, fullgraph=True, dynamic=False)
+
+
+def paper(old: TunerState, sums: Sums, betas: Tensor, options: Options) -> tuple[TunerState, Motion]:
+    """Algorithm 1."""
+    largest = torch.finfo(betas.dtype).max ** 0.4  # so that the sum of squares stays finite while a run diverges
+    h = inner_product(sums, options.s_decay, old.s.sum()).clamp(-largest, largest)
+    m = torch.maximum(betas * old.m, h.abs())
+    v = betas.square() * old.v + h.square()
+    r = (betas * old.r - old.s * h).clamp_min(0)
+    wealth = (options.s_init or PAPER_S_INIT) / betas.numel() * m + r
+    s = over(wealth, v.sqrt() + options.eps)
+    scale, norm, one = s.sum(), sums.delta_sq.sqrt(), torch.ones_like(h)
+    change, same = growth(old, sums)
+    new = old._replace(
+        m=m,
+        v=v,
+        r=r,
+        s=s,
+        h=h,
+        scale=scale,
+        delta_norm=norm,
+        moved=norm,
+        x_norm=sums.x_sq.sqrt(),
+        update_norm=largest_update(old.update_norm, change, same),
+        keep=one,
+        fade=one,
+    )
+    return new, Motion(scale - old.scale, scale, torch.zeros_like(h), one)
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """The dtype of the tuner's state on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def on_host(ok: Tensor) -> bool:
+    """Whether the host can act upon `ok` without waiting for a device."""
+    return ok.device.type == "cpu"
+
+
+def known_false(ok: Tensor) -> bool:
+    """Whether the host knows that some of `ok` is False."""
+    # A look at a value in host memory. Not `not ok`, which is `item()`: that has no place in a step.
+    return on_host(ok) and len(ok.logical_not().nonzero()) > 0
+
+
+def _flats(groups: Sequence[dict[str, Any]], options: Options) -> list[Tensor]:
+    return [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
+
+
+def stored(groups: Sequence[dict[str, Any]], options: Options) -> list[TunerState]:
+    """The state of every learned scale that param groups hold: one, or one per group; live views."""
+    return [TunerState.unpack(flat, len(options.betas)) for flat in _flats(groups, options)]
+
+
+def field_of(tuners: Sequence[TunerState], name: str) -> Tensor:
+    """A 0-d field of every learned scale: [k], a copy."""
+    return torch.stack([getattr(tuner, name) for tuner in tuners])
+
+
+def fresh_state(options: Options, device: torch.device) -> Tensor:
+    """A ``mechanic_state`` that has seen nothing."""
+    return torch.zeros(TunerState.size(len(options.betas)), dtype=precise(device), device=device)
+
+
+def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """0-d, made on the device of `like` from numbers, which a captured graph allows."""
+    found = [lr.to(like).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
+    numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
+    found += [like.new_full((), max(numbers))] if numbers else []
+    return torch.stack(found).amax() if len(found) > 1 else found[0]

@@ -1,0 +1,156 @@
+"""What is kept per parameter, in which dtype, and which parameters take part in a step.
+
+Each parameter has one slot in the base optimizer's ``state[p]``, so that it travels and shards like the base's own
+state: ``mechanic_ref`` (x_ref) in "scale_free", ``mechanic_delta`` (Δ) in "paper". The slot has the shape and strides
+of p, and is float32 or better. Parameters in bfloat16 and float16 also have ``mechanic_rest``: the digits of x that p
+cannot hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REF = "mechanic_ref"
+DELTA = "mechanic_delta"
+REST = "mechanic_rest"
+KEPT = (REF, DELTA, REST)  # every key of ours in state[p]
+SLOT = {"scale_free": REF, "paper": DELTA}  # the slot, by variant
+RESTS = {torch.bfloat16: torch.int16, torch.float16: torch.float32}  # dtype of the rest, by that of the parameter
+
+# Where the elements of a parameter are: all here (None), or a DTensor's mesh and whether each of its dimensions cuts.
+Layout = tuple[Any, tuple[bool, ...]] | None
+
+
+@dataclass
+class ParamState:
+    """One parameter in one step."""
+
+    param: Tensor  # x, or its leading digits
+    grad: Tensor | None  # g_t, with the strides that autograd gave it; may be sparse
+    sign: float  # -1 where the group maximizes: h is about the objective that is minimised
+    index: int  # which learned scale
+    slot: Tensor  # x_ref or Δ, shape of param
+    rest: Tensor | None = None  # the digits of x that param cannot hold, shape of param; None: it holds all
+    layout: Layout = None  # where the elements of param, grad, slot and rest are
+    entering: bool = False  # the slot was made in this step: d is 0
+    member: float = 0.0  # a whole number below 2**32 that stands for this parameter's place among the groups
+    copy: Tensor | None = None  # this process's part of param as it was at x_t; its content lasts for the step only
+
+
+def layout_of(p: Any) -> Layout:
+    """The layout of a parameter. One collective adds up the sums of all parameters that share a layout."""
+    if not hasattr(p, "placements"):
+        return None
+    return p.device_mesh, tuple(placement.is_shard() for placement in p.placements)
+
+
+def shards(layout: Layout) -> int:
+    """How many processes share the elements of one parameter."""
+    if layout is None:
+        return 1
+    mesh, cuts = layout
+    return math.prod(mesh.size(i) for i, cut in enumerate(cuts) if cut)
+
+
+def local(t: Tensor) -> Tensor:
+    """This process's part of a tensor: a view."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def column(states: Sequence[ParamState], name: str) -> list[Tensor]:
+    """This process's parts of one field ("param", "grad", "slot", …) of parameters of one layout."""
+    tensors = [getattr(state, name) for state in states]
+    return tensors if states[0].layout is None else [local(t) for t in tensors]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the slot of a parameter of `dtype`: float32 or better."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def entry(p: Tensor, variant: str) -> dict[str, Tensor]:
+    """What `state[p]` holds of ours where d is 0: x_ref is x of this moment, or Δ is 0."""
+    ref = p.detach().to(wide(p.dtype), copy=True)
+    kept = {SLOT[variant]: ref if variant == "scale_free" else ref.zero_()}
+    if p.dtype in RESTS:
+        kept[REST] = torch.zeros_like(p.detach(), dtype=RESTS[p.dtype])
+    return kept
+
+
+def join(stored: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x in `dtype` from the parameter's elements and their rest. May be `stored` itself."""
+    if rest is None:
+        return stored.to(dtype)
+    if rest.dtype == torch.float32:
+        return stored.float() + rest
+    # The magnitude's bits as an integer. An edit may have put a 0 beside a negative rest.
+    bits = (stored.view(torch.int16) & 0x7FFF).to(torch.int32).bitwise_left_shift_(16).add_(rest).clamp_(min=0)
+    return bits.view(torch.float32).copysign_(stored)
+
+
+def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The inverse of ``join()``: the nearest numbers in `dtype`, and the rest where there is one."""
+    if dtype not in RESTS:
+        return x, None
+    if dtype == torch.float16:
+        stored = x.to(dtype)
+        return stored, (x - stored).nan_to_num_(0.0, 0.0, 0.0)
+    bits = x.abs().view(torch.int32).clamp_(max=0x7FC00000)  # one NaN for all: others would wrap around
+    high = (bits + 0x8000).bitwise_and_(-0x10000)
+    rest = bits.sub_(high).to(torch.int16)
+    del bits  # a step is to hold little at a time
+    return high.view(torch.float32).copysign_(x).to(dtype), rest
+
+
+def collect(
+    param_groups: list[dict[str, Any]], state: Mapping[Tensor, Any], variant: str, *, per_group: bool
+) -> Iterator[ParamState]:
+    """Every parameter that has a gradient.
+
+    A parameter gets its slot with its first gradient. The slot is not put into `state` here: many optimizers take an
+    empty ``state[p]`` for "first step".
+    """
+    place = 0
+    for i, group in enumerate(param_groups):
+        sign = -1.0 if group.get("maximize") else 1.0
+        for p in group["params"]:
+            place += 1
+            grad = p.grad
+            if grad is None:
+                continue
+            kept = state.get(p, {})
+            entering = SLOT[variant] not in kept
+            if entering:
+                kept = entry(p, variant)
+            slot = kept[SLOT[variant]]
+            if slot.shape != p.shape:
+                raise ValueError(
+                    f"a parameter of param group {i} has become {tuple(p.shape)}, its slot is {tuple(slot.shape)}: "
+                    "to begin it anew, take its state out, optimizer.state.pop(parameter)"
+                )
+            if getattr(grad, "placements", None) != getattr(p, "placements", None):
+                grad = grad.redistribute(placements=p.placements)
+            rest = kept.get(REST) if p.dtype in RESTS else None
+            if rest is None and p.dtype in RESTS:  # the parameter has changed its dtype
+                rest = torch.zeros_like(p.detach(), dtype=RESTS[p.dtype])
+            index, member = (i if per_group else 0), float(place * 2654435761 % 2**32)
+            yield ParamState(p, grad, sign, index, slot, rest, layout_of(p), entering, member)
+
+
+def signature(params: list[Tensor], state: Mapping[Tensor, Any]) -> tuple[Any, ...] | None:
+    """All that decides how parameters, gradients and slots are taken together, to be compared with that of another
+    step. None: it cannot be told."""
+    if not {Tensor, torch.nn.Parameter}.issuperset(map(type, params)):
+        return None
+    kept = [entries and tuple([id(entries.get(key)) for key in KEPT]) for entries in map(state.get, params)]
+    grads = [
+        g if g is None else (g.dtype, g.stride(), g.is_neg()) if g.layout is torch.strided else g.layout
+        for g in [p.grad for p in params]
+    ]
+    return [*map(id, params)], [(p.dtype, p.device, p.shape, p.stride()) for p in params], grads, kept

@@ -1,0 +1,353 @@
+"""An optimizer around an optimizer: what it owes PyTorch, how the one inside is stepped, and how a step stays whole."""
+
+from __future__ import annotations
+
+import signal
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo as disable_dynamo
+from torch.optim import Optimizer
+
+from manic.parameters import Layout, layout_of, local, shards
+
+Closure = Callable[[], Any]
+
+
+class Wrapper(Optimizer):
+    """The part of the ``torch.optim.Optimizer`` contract that has nothing to do with tuning.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. Loading replaces them, so they are looked
+    up every time.
+    """
+
+    base_optimizer: Optimizer
+
+    def __init__(self, base_optimizer: Optimizer) -> None:
+        # Optimizer.__init__ would build param_groups and state of its own; these are the parts that it adds.
+        # The hooks must not be the base's: each would be called twice.
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+        self._warned_capturable_if_run_uncaptured = True
+        self.base_optimizer = base_optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's param groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    @disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad()``."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's `step`: it
+        # can be neither pickled nor copied.
+        return {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
+
+    def __getattr__(self, name: str) -> Any:
+        if "base_optimizer" not in vars(self) and not name.startswith("__"):
+            raise RuntimeError("this Mechanic was unwrapped: go on with the optimizer that unwrap() returned")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    scheduler: Any  # the LR scheduler inside, or None
+
+    @property
+    def scheduled_outside(self) -> bool:
+        """Whether an LR scheduler is built on this optimizer that is not the one inside. (It puts a mark on step.)"""
+        on_base = self.scheduler is None and hasattr(self.base_optimizer.step, "_wrapped_by_lr_sched")
+        return on_base or hasattr(vars(self).get("step"), "_wrapped_by_lr_sched")
+
+
+class Inside:
+    """The base optimizer: it is stepped at another lr than its groups say."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.stepping = False  # parameters and lr are not those of a step's end
+        self.finished = False  # its last step has come to its end
+        self.loading = False  # its groups are half loaded
+        self._lent: list[tuple[dict[str, Any], float, Any, Any]] = []  # group, divisor, the user's lr, the lent one
+        self._hooks: list[Any] = []
+
+    @property
+    def name(self) -> str:
+        """Its class."""
+        return type(self.optimizer).__name__
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Its param groups."""
+        return self.optimizer.param_groups
+
+    def params(self) -> list[Tensor]:
+        """The parameters of all groups, in order."""
+        return [p for group in self.groups for p in group["params"]]
+
+    def layouts(self) -> list[Layout]:
+        """How the parameters are spread over processes, alike on every rank: sharded ones first."""
+        found = dict.fromkeys(map(layout_of, self.params()))
+        return sorted(found, key=shards, reverse=True) or [None]
+
+    def begun(self) -> bool:
+        """Whether there is state of some parameter. (A base may keep state of its own beside it.)"""
+        return any(self.optimizer.state.get(p) for p in self.params())
+
+    def watch(self, on_step: Callable[..., None], on_state_dict: Callable[..., None]) -> None:
+        """Call these before its step and its state_dict. Some optimizers skip Optimizer.__init__ and have no hooks."""
+        if hasattr(self.optimizer, "_optimizer_step_pre_hooks"):
+            self._hooks.append(self.optimizer.register_step_pre_hook(on_step))
+        if hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):
+            self._hooks.append(self.optimizer.register_state_dict_pre_hook(on_state_dict))
+
+    def leave(self) -> None:
+        """Take everything of ours off it."""
+        for handle in self._hooks:
+            handle.remove()
+        for group in self.groups:
+            for key in [key for key in group if key.startswith("mechanic_")]:
+                del group[key]
+
+    def step(self, closure: Closure | None, divisors: Sequence[float]) -> None:
+        """Its own step, at lr / divisor of each group."""
+        self.finished = False
+        try:
+            self.stepping = True
+            self._lend(divisors)
+            # In one line, so that nothing comes between the two.
+            _, self.finished = self.optimizer.step() if closure is None else self.optimizer.step(closure), True
+        finally:
+            self.come_back()
+
+    def _lend(self, divisors: Sequence[float]) -> None:
+        for group, divisor in zip(self.groups, divisors, strict=True):
+            if "lr" in group and divisor != 1:
+                self._lent.append((group, divisor, group["lr"], group["lr"] / divisor))
+                group["lr"] = self._lent[-1][-1]
+
+    def come_back(self) -> None:
+        """The end of its step: the lrs are the user's again. To call it twice does no harm."""
+        while self._lent:
+            group, divisor, lr, ours = self._lent[-1]
+            # A base that sets its own lr has set the lent one.
+            group["lr"] = lr if group["lr"] is ours or group["lr"] is lr else group["lr"] * divisor
+            self._lent.pop()
+        self.stepping = False
+
+    # ------------------------------------------------------------------ before the first step
+
+    @disable_dynamo
+    def is_rehearsal(self, closure: Closure | None, anywhere: Callable[[bool], bool]) -> bool:
+        """Whether a step is torch.distributed.checkpoint's, which makes an optimizer create its state by a step with lr
+        and gradients of 0.
+
+        Only where no state is. It looks at values only while every lr is 0.
+
+        Args:
+            closure: of the step.
+            anywhere: whether its argument is true on any process, so that the verdict is the same on all.
+        """
+        if closure is not None or self.begun():
+            return False
+        lrs = [torch.as_tensor(group.get("lr", 1)) for group in self.groups]
+        if not all(lr.device.type == "cpu" and float(lr) == 0 for lr in lrs):
+            return False
+        grads = [local(p.grad) for p in self.params() if p.grad is not None]
+        return anywhere(len(grads) > 0) and not anywhere(any(bool(g.count_nonzero()) for g in map(_values, grads)))
+
+    def create_state(self, divisors: Sequence[float], enter: Callable[[list[Tensor]], None]) -> None:
+        """What a first step with lr and gradients of 0 creates, and nothing else of it: the parameters stay.
+
+        Args:
+            divisors: as in ``step()``.
+            enter: gives parameters what we keep for them.
+        """
+        before = [dict(group) for group in self.groups]
+        params = [p for p in self.params() if p.grad is not None]
+        copies = [p.detach().clone() for p in params]
+        try:
+            self.step(None, divisors)
+        finally:
+            for p in reversed(params):
+                p.detach().copy_(copies.pop())  # gone before the slots come
+            for group, values in zip(self.groups, before, strict=True):
+                group.update(values)  # some bases count their steps here
+        enter(params)
+
+    @contextmanager
+    def rehearsed(self, divisors: Sequence[float], enter: Callable[[list[Tensor]], None]) -> Iterator[None]:
+        """Inside, the state is as after a first step that moves nothing; afterwards it is gone again.
+
+        A base that cannot be stepped so (it needs a closure, or sparse gradients) has no state inside either.
+        """
+        params, state = self.params(), self.optimizer.state
+        groups, grads, kept = [dict(group) for group in self.groups], [p.grad for p in params], dict(state)
+        try:
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+            for group in self.groups:
+                if "lr" in group:
+                    group["lr"] = group["lr"] * 0
+            with suppress(Exception):
+                self.create_state(divisors, enter)
+                for value in [value for p in params for value in state.get(p, {}).values()]:
+                    if isinstance(value, Tensor) and value.is_floating_point():  # 0/0, where a float16 eps is 0
+                        local(value).nan_to_num_(0.0)
+            _replace(self.groups, groups)
+            yield
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            _replace(self.groups, groups)
+            state.clear()
+            state.update(kept)
+
+    # ------------------------------------------------------------------ in the middle of a step
+
+    def refuse_in_a_step(self) -> None:
+        """Raise where the caller would see parameters and lr that are not those of a step's end."""
+        if self.stepping:
+            raise RuntimeError(
+                "this cannot be called in the middle of a step, from a hook on the optimizer inside, a closure or "
+                "another thread: parameters and lr are changed there. Call it after step(), or from a hook on the "
+                "Mechanic"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hooks": []}  # a copy of an optimizer comes without its hooks
+
+
+def _replace(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:
+    for group, before in zip(groups, values, strict=True):
+        group.clear()
+        group.update(before)
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad._values() if grad.is_sparse else grad
+
+
+def evaluate(closure: Closure | None, params: Callable[[], list[Tensor]]) -> tuple[Any, Closure | None]:
+    """Call the closure.
+
+    Returns:
+        the loss, and a closure for the base. The first call of that one returns the loss without computing it again:
+        unless the base has moved the parameters before, or let go of their gradients (as sharpness-aware ones do).
+    """
+    if closure is None:
+        return None, None
+    compute = torch.enable_grad()(closure)
+
+    def marks() -> list[tuple[int, bool]]:
+        return [(p._version, p.grad is None) for p in params()]
+
+    loss = compute()
+    known = [marks()]
+    return loss, lambda: loss if known and known.pop() == marks() else compute()
+
+
+class _Waiting:
+    """The signals that came in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[int, Any] = {}
+        self.came: list[tuple[int, Any]] = []
+
+    def begin(self) -> None:
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self.handlers[number] = handler
+                try:
+                    signal.signal(number, self._note)
+                except ValueError:  # this is not the main thread, where signals arrive
+                    self.handlers.clear()
+                    return
+
+    def _note(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and number in [other for other, _ in self.came]:
+            self.came.clear()
+            self.handlers[number](number, frame)
+        else:
+            self.came.append((number, frame))
+
+    def end(self) -> None:
+        """The handlers of before. To call it twice does no harm."""
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self._note:  # else something inside has put another there
+                signal.signal(number, handler)
+
+
+def uninterrupted(work: Callable[[], None]) -> None:
+    """Call `work`. Signals that Python handles wait for its end; a second Ctrl-C does not."""
+    waiting = _Waiting()
+    try:
+        waiting.begin()
+        work()
+        waiting.end()
+    except BaseException:
+        waiting.end()
+        for number, frame in waiting.came:
+            waiting.handlers[number](number, frame)
+        raise
+    for number, frame in waiting.came:
+        waiting.handlers[number](number, frame)
+
+
+def check_base(base: object) -> None:
+    """That `base` can be wrapped."""
+    if isinstance(base, type):
+        raise TypeError(
+            f"Mechanic wraps an optimizer that is built already, not the class {base.__name__}: "
+            f"Mechanic({base.__name__}(model.parameters(), lr=...)), or mechanize({base.__name__})(model.parameters())"
+        )
+    if isinstance(base, Wrapper):
+        raise ValueError("this optimizer is a Mechanic already; wrap the plain optimizer, once")
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}")
+    if any("mechanic_state" in group for group in base.param_groups):
+        raise ValueError(
+            f"this {type(base).__name__} is wrapped by another Mechanic already, or has "
+            "loaded the checkpoint of one; build a new one"
+        )
+
+
+def check_params(params: Sequence[Tensor]) -> None:
+    """That no parameter is given twice."""
+    if len({id(p) for p in params}) < len(params):
+        raise ValueError(
+            "a param group has a parameter twice, which would be stepped twice: give each once, as parameters() of "
+            "the whole model does, with tied weights too"
+        )
