@@ -3,8 +3,8 @@
 Base: AdamW(fused=True), gradients that stay. Contender and plain step take turns in one process (`ratio` in
 contenders.py). The control is another plain optimizer in the contender's place: how far from 1.00 it is, is how far to
 trust the rest. The floor is 1 + the time to read six words per parameter over that of the plain step: the two sweeps
-must read x, g and x_ref, and x, x_t and x_ref, and what they write comes on top. torch.sum and torch.dot do the reading,
-in as many flat tensors; the fastest of their runs counts.
+must read x, g and x_ref, and x, x_t and x_ref. What they write comes on top. torch.sum and torch.dot do the reading, in
+as many flat tensors; the fastest of their runs counts.
 """
 
 from __future__ import annotations
