@@ -128,7 +128,7 @@ class Run:
         state = get_optimizer_state_dict(self.model, self.mechanic, options=options)["state"]
         group = self.mechanic.param_groups[0]
         return {
-            "tuner": group["mechanic_state"].clone(),
+            "tuner": group["mechanic_state"][:-1].clone(),  # the last is a rank's own share
             "step": group["mechanic_step"].clone(),
             "epoch": self.schedule.last_epoch,
             "lr": group["lr"],

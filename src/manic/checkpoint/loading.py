@@ -44,7 +44,16 @@ def pack(base: Optimizer, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     for t in dict.fromkeys(group["mechanic_state"] for group in base.param_groups):
         copies[t] = change(copies[t])
     groups = [{**group, **{key: copies[group[key]] for key in TENSORS}} for group in state_dict["param_groups"]]
-    return {**state_dict, "param_groups": groups}
+    state = {key: _gatherable(values) for key, values in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _gatherable(values: Any) -> Any:
+    """The state of a parameter, with an int16 rest of a sharded one in int32: neither gloo nor NCCL gathers int16."""
+    rest = values.get(REST) if isinstance(values, dict) else None
+    if rest is None or rest.dtype != torch.int16 or not hasattr(rest, "placements"):
+        return values
+    return {**values, REST: rest.to(torch.int32)}
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def _check_kept(key: Any, values: dict[str, Any], p: Tensor, saved: Record | Non
         what, value = f"{name} of parameter {key}", values[name]
         like = RESTS[p.dtype] if name == REST else None
         _check_tensor(what, value, p, floating=False if like == torch.int16 else None)
-        if like == torch.int16 and value.dtype != torch.int16:
+        if like == torch.int16 and value.dtype not in (torch.int16, torch.int32):  # int32: of a sharded model
             raise ValueError(f"{what} is {value.dtype} in the checkpoint, and must be {like}")
         _check_finite(what, value)
 
