@@ -21,7 +21,7 @@ from manic.checkpoint.validation import (
     _endless,
     by_number,
 )
-from manic.parameters import REF
+from manic.parameters import DELTA, REF, SLOT
 from manic.schedules import differences
 from manic.tuner import Options, TunerState
 
@@ -73,13 +73,16 @@ def test_a_number_that_is_infinite_where_it_is_not_here(value: Any, here: Any, e
     ],
     ids=str,
 )
-def test_what_had_a_gradient_has_its_x_ref(dtype: torch.dtype, missing: int, fits: bool) -> None:
+@pytest.mark.parametrize("variant", SLOT)
+def test_what_had_a_gradient_has_its_slot(variant: str, dtype: torch.dtype, missing: int, fits: bool) -> None:
+    """Which is x_ref in "scale_free", Δ in "paper"."""
+    slot = {"scale_free": REF, "paper": DELTA}[variant]
     params = {i: torch.empty(n, device="meta", requires_grad=True) for i, n in enumerate((3_000_000, missing))}
     state = torch.zeros(TunerState.size(1), dtype=dtype)
     TunerState.unpack(state, 1).numel.fill_(3_000_000 + missing)
     groups = [{"params": [0, 1], "mechanic_state": state, "mechanic_step": torch.tensor(7.0)}]
-    with nullcontext() if fits else pytest.raises(ValueError, match=f"of step 7, but has no .* for {missing} of the"):
-        _check_whole(params, {0: {REF: params[0]}}, groups, Options(betas=(0.9,)))
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"of step 7, but has no '{slot}' for {missing} of"):
+        _check_whole(params, {0: {slot: params[0]}}, groups, Options(variant=variant, betas=(0.9,)))
 
 
 def base() -> torch.optim.SGD:

@@ -50,7 +50,8 @@ def resumed(one: Run, other: Run, steps: int, state: Any = None) -> None:
 
 @pytest.mark.parametrize("calls", [1, 2])
 def test_ctrl_c_waits_until_the_step_is_whole(calls: int, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the base has stepped x is x + u. One Ctrl-C waits, for the schedule as well; a second one does not."""
+    """After the base has stepped x is x + u. One Ctrl-C waits, for the schedule as well; a second one does not, and
+    x is again what it was."""
     runs = []
     for _ in range(2):
         parameters = problem.parameters()
@@ -65,10 +66,11 @@ def test_ctrl_c_waits_until_the_step_is_whole(calls: int, problem: Problem, monk
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    before = signal.getsignal(signal.SIGINT)
+    before, x = signal.getsignal(signal.SIGINT), flat(parameters).detach().clone()
     monkeypatch.setattr(Passes, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         problem.train(parameters, m, range(5, 6))
+    assert torch.equal(flat(parameters), x) == (calls == 2)
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     problem.train(twins, twin, range(5, 6))
@@ -77,9 +79,12 @@ def test_ctrl_c_waits_until_the_step_is_whole(calls: int, problem: Problem, monk
         assert same(m.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGWINCH"])
 @pytest.mark.parametrize("where", ["base", "move", "frozen"])
-def test_a_signal_that_saves_finds_whole_steps(where: str, problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a scheduler of jobs sends it before it takes the machine away."""
+def test_a_signal_that_saves_finds_whole_steps(
+    where: str, name: str, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler of jobs sends it before it takes the machine away. Every signal waits that has a handler."""
     parameters = problem.parameters()
     base = AdamW(parameters, lr=1e-4)
     m = Mechanic(base, schedulers.ExponentialLR(base, 0.9))
@@ -92,10 +97,11 @@ def test_a_signal_that_saves_finds_whole_steps(where: str, problem: Problem, mon
         saved.append(copy.deepcopy((flat(parameters).detach(), m.state_dict())))
 
     def send(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return real(*arguments) if arguments[1:] and where == "move" else None
 
-    before = signal.signal(signal.SIGTERM, save)
+    number = getattr(signal, name)
+    before = signal.signal(number, save)
     real = Passes.move
     if where == "move":
         monkeypatch.setattr(Passes, "move", send)
@@ -103,9 +109,9 @@ def test_a_signal_that_saves_finds_whole_steps(where: str, problem: Problem, mon
         base.register_step_post_hook(send)
     try:
         problem.train(parameters, m, range(20, 21))
-        assert signal.getsignal(signal.SIGTERM) is save
+        assert signal.getsignal(number) is save
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
     assert len(saved) == 1
     assert same(saved[0], (flat(parameters).detach(), m.state_dict()))
 
@@ -675,7 +681,7 @@ def test_natively_with_another_default_device(problem: Problem) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_edit_that_exchanges_elements_which_never_moved(compiled: bool) -> None:
-    """Experts or words in another order: Δ is 0 there, and neither ⟨Δ,x⟩ nor the sum of the bits sees it."""
+    """Experts or words in another order: they stay where the user has put them."""
     e = nn.Embedding(1000, 16, _weight=torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
     m = Mechanic(SGD(e.parameters(), lr=1e-2))
     if compiled:

@@ -90,6 +90,21 @@ def test_json_says_what_the_live_one_says(
     assert (found["tensors"], found["numel"]) == (2, 12)
 
 
+@pytest.mark.parametrize("variant", ["scale_free", "paper"])
+@pytest.mark.parametrize(("dtype", "rest"), [(torch.float64, 0), (torch.bfloat16, 24), (torch.float16, 48)], ids=str)
+def test_one_slot_and_the_rest(variant: Any, dtype: torch.dtype, rest: int, tmp_path: Path) -> None:
+    p = nn.Parameter(torch.ones(12, dtype=dtype))
+    mechanic = Mechanic(torch.optim.SGD([p], lr=0.01), variant=variant)
+    p.grad = torch.ones_like(p)
+    mechanic.step()
+    torch.save(mechanic.state_dict(), tmp_path / "checkpoint.pt")
+    assert main(["inspect", str(tmp_path / "checkpoint.pt")]) == 0
+    (found,) = inspect(tmp_path / "checkpoint.pt")
+    slot = 96 if dtype == torch.float64 else 48
+    sizes = {"x_ref": slot * (variant == "scale_free"), "delta": slot * (variant == "paper"), "rest": rest, "base": 0}
+    assert found.sizes == sizes
+
+
 def test_a_checkpoint_of_format_1(capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(__file__).parent / "data" / "format1" / "scale_free.pt"
     assert main(["inspect", "--json", str(path)]) == 0
