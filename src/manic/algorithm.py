@@ -62,12 +62,7 @@ class Learner:
         The ratios of the groups and the schedule stay, and the updates are large enough beside the parameters that
         x_t + u_t - x_t keeps the digits of u_t.
         """
-        return [self.unit] * len(self.base.groups)
-
-    @property
-    def unit(self) -> float:
-        """The base lr that is divided out; 1 while it is not known."""
-        return self.record.base_lr or 1.0
+        return [self.record.unit] * len(self.base.groups)
 
     def step(self, closure: Closure | None) -> bool:
         """Algorithm 1: x_t to x_{t+1}. False: a gradient was not finite, as the host knows, and nothing has moved."""
@@ -149,7 +144,7 @@ class Learner:
         """
         options, olds = self.record.options, self.tuners()
         tune_one = compiled_tune() if self.compiled and not on_host(ok) else tune
-        rates = [group.get("lr", self.unit) / self.unit for group in self.base.groups]
+        rates = [group.get("lr", self.record.unit) / self.record.unit for group in self.base.groups]
         lrs = [_largest(some, sums) for some in (zip(rates) if options.per_group else [rates])]
         if start:
             olds = [
@@ -157,7 +152,7 @@ class Learner:
                 for old, lr in zip(olds, lrs, strict=True)
             ]
         found = [
-            tune_one(old, Sums(*row), ok, self._betas, options, self.unit, lr)
+            tune_one(old, Sums(*row), ok, self._betas, options, self.record.unit, lr)
             for old, row, lr in zip(olds, sums, lrs, strict=True)
         ]
         return [new for new, _ in found], torch.stack([torch.stack(motion) for _, motion in found])

@@ -204,7 +204,7 @@ class Mechanic(Wrapper):
     @property
     def scale(self) -> Tensor:
         """The factor on the base optimizer's updates, Σ s: float64 [], or [groups] with `per_group`; no sync."""
-        scales = self._run.read("scale") / self._run.unit
+        scales = self._run.read("scale") / self._run.record.unit
         return scales if self._run.record.options.per_group else scales[0]
 
     @property

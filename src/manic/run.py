@@ -71,11 +71,6 @@ class Run:
         """The param groups."""
         return self.inside.groups
 
-    @property
-    def unit(self) -> float:
-        """The base lr that is divided out; 1 while it is not known."""
-        return self.record.base_lr or 1.0
-
     def step(self, closure: Closure | None) -> None:
         """One step, and one of the schedule if the step counted."""
         self.adopt()
@@ -97,7 +92,7 @@ class Run:
         """The run at this moment, on the host. One sync."""
         self.inside.refuse_in_a_step()
         self.adopt()
-        return snapshot(self.groups, self.record.options, self.unit)
+        return snapshot(self.groups, self.record.options, self.record.unit)
 
     def compile(self) -> None:
         """Take compiled sweeps from now on."""
@@ -267,7 +262,7 @@ class Run:
         `fresh`: as in ``manic.algorithm.Learner``; None: as it was.
         """
         if record.frozen:
-            scales = snapshot(self.groups, record.options, record.base_lr or 1.0).scales
+            scales = snapshot(self.groups, record.options, record.unit).scales
             self._mode = Frozen(self.inside, scales)
         else:
             was = fresh if fresh is not None else isinstance(self._mode, Learner) and self._mode.fresh

@@ -137,7 +137,7 @@ def _at(place: str, entries: dict[str, Entry]) -> Found:
         if match and (match[1] or "") == place:
             sizes[{REF: "x_ref", DELTA: "delta", REST: "rest"}.get(match[3], "base")] += entry.size
             numels[match[2]] = max(entry.numel, numels.get(match[2], 0))
-    look = snapshot(alike, record.options, record.base_lr or 1.0)
+    look = snapshot(alike, record.options, record.unit)
     return Found(place.rstrip("."), written, record, look, sizes, len(numels), sum(numels.values()))
 
 

@@ -33,6 +33,11 @@ class Record:
     frozen: bool
     options: Options
 
+    @property
+    def unit(self) -> float:
+        """The base lr that is divided out; 1 while it is not known."""
+        return self.base_lr or 1.0
+
     def written(self) -> tuple[dict[str, Any]]:
         """In types that ``weights_only`` admits: the value of ``mechanic_options``."""
         facts = {name: value for name, value in vars(self).items() if name != "options"}
