@@ -89,8 +89,8 @@ def scale_free(
 ) -> Iterator[tuple[Vector, float]]:
     """The equations of docs/algorithm.md, with one slot.
 
-    d = x - x_ref is what x has been moved, by the steps and by edits. Δ is d / S. S starts in the first step whose
-    update is not 0, when the base has stepped.
+    d = x - x_ref is what x has been moved, by the steps and by edits. Δ is d / S. S starts in the step after
+    the first update that is not 0.
     """
     n, peak = len(betas), 0.0
     ref: Vector = []
@@ -114,15 +114,12 @@ def scale_free(
         if replaced:
             d, ref, growth = [0.0] * len(x), list(x), 0.0
 
-        leap = max(1.0, over(schedule(t), peak) / 10) if scale else 1.0
+        leap = max(1.0, over(schedule(t), peak) / 10)
         m, v = [leap * mi for mi in m], [leap**2 * vi for vi in v]
         scale, largest = scale / leap, leap * largest
-        largest = max(largest, over(growth, scale))
-        u = None if scale else base(x, g, schedule(t))
-        if u is not None:
-            largest = largest or norm(u)
+        largest = max(largest, over(growth, scale)) or leap * update
         whole = over(1 + origin, largest)
-        first = 1e-3 * whole if s_init is None else max(s_init, 1e-6 * whole)
+        first = 1e-3 * whole if s_init is None or not whole else max(s_init, 1e-6 * whole)
 
         pull = s_decay * over(norm(d), norm(x)) * over(norm(g), norm(x))
         size = size or norm(g)
@@ -144,7 +141,7 @@ def scale_free(
         fade = 1.0 if share < 0.99 else (t + 2) / (t + 3)
 
         outlier = wild >= 2
-        u = base(x, [0.0] * len(x) if outlier else g, schedule(t)) if u is None else u
+        u = base(x, [0.0] * len(x) if outlier else g, schedule(t))
         update = norm(u)
         if outlier:
             u = [0.0 * ui for ui in u]

@@ -158,18 +158,15 @@ class ByHand:
         self.moved = d_norm
 
         # An lr that leaps is a change of unit.
-        leap = max(1.0, over(lr, self.peak) / 10) if self.scale else 1.0
+        leap = max(1.0, over(lr, self.peak) / 10)
         self.m, self.v = [leap * m for m in self.m], [leap**2 * v for v in self.v]
         before = self.scale / leap
         self.largest *= leap
         if not replaced and (same or self.largest == 0):
             self.largest = max(self.largest, over(growth, before))
-        if not before and not self.largest:  # S starts when the base has stepped
-            pushes = [(self.lr[i] / self.unit, self.buffer[i] or [0.0] * len(g), g) for i, g in taking.items()]
-            updates = [rate * (MOMENTUM * b + gi) for rate, bs, g in pushes for b, gi in zip(bs, g, strict=True)]
-            self.largest = math.hypot(*updates)
+        self.largest = self.largest or leap * self.update  # S starts in the step after the first update
         whole = over(1 + math.sqrt(self.ref_sq), self.largest)
-        first = 1e-3 * whole if self.s_init is None else max(self.s_init * self.unit, 1e-6 * whole)
+        first = 1e-3 * whole if self.s_init is None or not whole else max(self.s_init * self.unit, 1e-6 * whole)
 
         self.size = self.size or g_norm
         pulled = delta_grad + DECAY * over(d_norm, x_norm) * over(g_norm, x_norm) * delta_x

@@ -102,7 +102,7 @@ def scale_free(
     whole = over(1 + math.sqrt(new["ref_sq"]), largest)
 
     least = 1e-6 * whole
-    first = 1e-3 * whole if o["s_init"] is None else max(o["s_init"] * unit, least)
+    first = 1e-3 * whole if o["s_init"] is None or not whole else max(o["s_init"] * unit, least)
     size = old["grad_norm"] or gradient
     h = over(delta_grad + o["s_decay"] * over(moved, x) * over(gradient, x) * delta_x, size)
     new["grad_norm"] = size + 2 / (old["steps"] + 2) * (min(gradient, 2 * size) - size)

@@ -50,8 +50,7 @@ class Learner:
     ) -> None:
         self.base, self.record, self.device, self.process_group = base, record, device, process_group
         self.compiled, self.fresh = compiled, fresh
-        # For how many steps more some S may still be 0, as far as the host knows.
-        self._starting = 3 if record.options.variant == "scale_free" else 0
+        self._starting = 3 if record.options.variant == "scale_free" else 0  # steps in which some S may still be 0
         self._passes: tuple[Any, Passes] | None = None  # of the last step, and by what they are known again
         self._betas = torch.tensor(record.options.betas, dtype=precise(device), device=device)
 
@@ -80,8 +79,6 @@ class Learner:
             try:
                 self._keep_quiet(passes, new, ok)
                 self.base.step(closure, self.divisors)  # the parameters hold x_t + u_t
-                if self._starting:
-                    new, motion = self._start(passes, sums, ok)
                 self._finish(passes, new, motion, ok)  # x_{t+1}; x_ref, or Δ; the tuner's state
             except BaseException:
                 self.base.come_back()
@@ -92,6 +89,8 @@ class Learner:
                     for p in bare:  # whose state the base had begun to make
                         self.base.optimizer.state.pop(p, None)
                 raise
+            if self._starting:
+                self._keep_first_update()
             return True
         finally:
             passes.release()
@@ -133,45 +132,22 @@ class Learner:
             total += over_mesh(part, layout)
         return over_group(total, self.process_group)
 
-    def _tune(self, sums: Tensor, ok: Tensor, *, start: bool = False) -> tuple[list[TunerState], Tensor]:
+    def _tune(self, sums: Tensor, ok: Tensor) -> tuple[list[TunerState], Tensor]:
         """The scalar half: the new state of every learned scale, not yet stored, and the motion, [k, 4].
 
         Args:
             sums: as ``_measure()`` returns them.
             ok: whether the step counts, a 0-d bool on the tuner's device.
-            start: where S is 0, the size of an update is that of this step. So it is in the unit of its lr: no leap of
-                the lr lies between the two.
         """
         options, olds = self.record.options, self.tuners()
         tune_one = compiled_tune() if self.compiled and not on_host(ok) else tune
         rates = [group.get("lr", self.record.unit) / self.record.unit for group in self.base.groups]
         lrs = [_largest(some, sums) for some in (zip(rates) if options.per_group else [rates])]
-        if start:
-            olds = [
-                old._replace(peak=torch.where(ok & (old.scale == 0), torch.maximum(old.peak, lr), old.peak))
-                for old, lr in zip(olds, lrs, strict=True)
-            ]
         found = [
             tune_one(old, Sums(*row), ok, self._betas, options, self.record.unit, lr)
             for old, row, lr in zip(olds, sums, lrs, strict=True)
         ]
         return [new for new, _ in found], torch.stack([torch.stack(motion) for _, motion in found])
-
-    @disable_dynamo
-    def _start(self, passes: Passes, sums: Tensor, ok: Tensor) -> tuple[list[TunerState], Tensor]:
-        """As ``_tune()``, once the base has stepped for the first time: S starts at the size of its update."""
-        mine = self._update_sq(passes.update_sq(self.read("scale")))
-        total = over_group(over_mesh(mine, self.base.layouts()[0]), self.process_group)
-        scale = self.read("scale")
-        sums = torch.cat([sums[:, :-1], torch.where(scale > 0, sums[:, -1], total)[:, None]], 1)
-        new, motion = self._tune(sums, ok, start=True)
-        started = field_of(new, "scale") > 0
-        moved = any(isinstance(lr, Tensor) or lr != 0 for lr in (group.get("lr", 1) for group in self.base.groups))
-        if on_host(started):
-            self._starting = int(known_false(started))
-        elif moved:  # unless the gradients were not finite, more than once
-            self._starting -= 1
-        return new, motion
 
     def _keep_quiet(self, passes: Passes, new: list[TunerState], ok: Tensor) -> None:
         """Where no update is to follow, the base sees gradients of 0."""
@@ -185,6 +161,16 @@ class Learner:
         self._put(passes.states)
         self._store([state._replace(update_sq=u) for state, u in zip(new, update_sq, strict=True)])
         self.fresh &= not passes.states
+
+    @disable_dynamo
+    def _keep_first_update(self) -> None:
+        """While S is 0, know ‖u‖ of the whole model at the end of a step: a checkpoint may be written before the next
+        step adds it up. One all-reduce."""
+        mine = self.read("update_sq").clamp_min(0)
+        total = over_group(over_mesh(mine, self.base.layouts()[0]), self.process_group)
+        first = torch.where(self.read("scale") > 0, self.read("update_norm"), total.sqrt())
+        self._store([old._replace(update_norm=norm) for old, norm in zip(self.tuners(), first, strict=True)])
+        self._starting -= 1
 
     def _update_sq(self, parts: dict[Layout, Tensor]) -> Tensor:
         """‖u_t‖² over this process's share of the parameters, [k].

@@ -29,7 +29,8 @@ def scale_free(
     begun = old.scale > 0
     change, same = growth(old, sums)
     x, d = sums.x_sq.sqrt(), sums.delta_sq.sqrt()
-    usual = REPLACED * old.scale * sums.update_sq.clamp_min(0).sqrt() + ROUNDING * (x + d)
+    last_update = sums.update_sq.clamp_min(0).sqrt()
+    usual = REPLACED * old.scale * last_update + ROUNDING * (x + d)
     shift = (x - old.x_norm).abs() - (1 - old.keep) * old.moved  # but for how far x was drawn back
     replaced = begun & same & (sums.update_sq >= 0) & (torch.maximum(change, shift) > usual)
     d, delta_grad, delta_x = (torch.where(replaced, 0, value) for value in (d, sums.delta_grad, sums.delta_x))
@@ -41,11 +42,13 @@ def scale_free(
     delta_norm = over(d, old_scale)
     change = torch.where(replaced, 0, change)
     update_norm = largest_update(old.update_norm * leap, over(change, old_scale), same)
-    # While S is 0, ‖u‖ itself tells.
-    update_norm = torch.where(update_norm > 0, update_norm, sums.update_sq.clamp_min(0).sqrt() * leap)
+    # S starts in the step after the first update, whose size is all that it needs.
+    update_norm = torch.where(update_norm > 0, update_norm, last_update * leap)
     whole = over(1 + old.ref_sq.sqrt(), update_norm)  # the scale at which an update is as large as x; 0: not known
     least = FLOOR * whole  # d would not have the digits of a smaller step
-    first = START * whole if options.s_init is None else least.clamp_min(options.s_init * unit)
+    first = START * whole
+    if options.s_init is not None:
+        first = torch.where(whole > 0, least.clamp_min(options.s_init * unit), 0)
 
     gradient = sums.grad_sq.sqrt()
     size = torch.where(old.grad_norm > 0, old.grad_norm, gradient)

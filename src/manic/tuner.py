@@ -65,7 +65,7 @@ class Sums(NamedTuple):
     entered_sq: Tensor  # ‖x‖² of the parameters that get their slot in this step
     numel: Tensor  # how many elements have a gradient
     members: Tensor  # which parameters have one: a sum of whole numbers, one for each of them
-    update_sq: Tensor  # ‖u‖² of the last step, or of this one while S is 0; < 0: it is not known
+    update_sq: Tensor  # ‖u‖² of the last step; < 0: it is not known
 
 
 class TunerState(NamedTuple):
