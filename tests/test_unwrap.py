@@ -205,7 +205,7 @@ def test_an_unwrapped_run_resumes_without_manic(problem: Problem, tmp_path: Path
 
 def test_a_warm_start_from_a_scale_that_was_found(problem: Problem) -> None:
     found = Run(problem, "none").train(0, STEPS).mechanic.scale.item()
-    run = Run(problem, "none", s_init=found).train(0, 1)
+    run = Run(problem, "none", s_init=found).train(0, 2)
     assert run.mechanic.scale.item() == pytest.approx(found)
 
 

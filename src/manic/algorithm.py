@@ -27,15 +27,15 @@ PAPER_S_INIT = 1e-8
 
 
 class Learner:
-    """A Mechanic that learns: x_t to x_{t+1}, and the tuner's state with them.
+    """Take steps that learn the scale.
 
     Args:
-        base: the optimizer inside. Its groups hold the tuner's state, its state holds the slots.
+        base: the base optimizer. Its groups hold the tuner's state, its state holds the slots.
         record: options, and the base lr that is divided out.
         device: where the tuner's state is.
-        process_group: the ranks over which one model's parameters are spread without a mark on the tensors.
-        compiled: take the C++ sweeps on the CPU, and the compiled scalar half elsewhere.
-        fresh: no step has created slots yet, so that what there is was rehearsed.
+        process_group: the ranks that share one model's parameters without a mark on the tensors.
+        compiled: use the C++ sweeps on the CPU, and the compiled scalar half elsewhere.
+        fresh: no step has counted yet, so that any state is from before the first step.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class Learner:
 
     @property
     def divisors(self) -> list[float]:
-        """What each group's lr is divided by in the base's step.
+        """What each group's lr is divided by in the base's step, so that the run is the same at every base lr.
 
-        The ratios of the groups and the schedule stay, and the updates are large enough beside the parameters that
-        x_t + u_t - x_t keeps the digits of u_t.
+        The groups keep their ratios and the schedule. An update at lr about 1 is large enough for x_t + u_t - x_t to
+        keep its digits.
         """
         return [self.record.unit] * len(self.base.groups)
 
     def step(self, closure: Closure | None) -> bool:
-        """Algorithm 1: x_t to x_{t+1}. False: a gradient was not finite, as the host knows, and nothing has moved."""
+        """Algorithm 1: x_t to x_{t+1}. False: the host saw a gradient that is not finite, and nothing has moved."""
         if self.fresh:
             self._forget_rehearsal()
         passes = self._take()  # the parameters that have a gradient
@@ -82,22 +82,20 @@ class Learner:
                 self._finish(passes, new, motion, ok)  # x_{t+1}; x_ref, or Δ; the tuner's state
             except BaseException:
                 self.base.come_back()
-                if passes.moving:  # the way back is lost: go on
+                if passes.moving:  # too late to go back
                     self._finish(passes, new, motion, ok)
                 else:
                     passes.restore()
-                    for p in bare:  # whose state the base had begun to make
+                    for p in bare:  # the base may have created half of its state
                         self.base.optimizer.state.pop(p, None)
                 raise
-            if self._starting:
-                self._keep_first_update()
             return True
         finally:
             passes.release()
 
     @disable_dynamo
     def _take(self) -> Passes:
-        """The parameters that have a gradient, grouped anew only where something is not as it was in the last step."""
+        """The parameters that have a gradient, grouped anew only if something differs from the last step."""
         options, groups, state = self.record.options, self.base.groups, self.base.optimizer.state
         looks = signature(self.base.params(), state)
         seen = looks and ([(len(group["params"]), group.get("maximize")) for group in groups], *looks)
@@ -109,7 +107,7 @@ class Learner:
         states = list(collect(groups, state, options.variant, per_group=options.per_group))
         difference = options.variant == "scale_free"
         passes = Passes(states, self.base.layouts(), difference, self._kernels)
-        entering = any(one.entering for one in states)  # whose x_ref is x of this moment
+        entering = any(one.entering for one in states)  # they take x_ref now: group anew in the next step
         self._passes = None if entering else seen, passes
         return passes
 
@@ -118,7 +116,7 @@ class Learner:
 
     @property
     def spread(self) -> bool:
-        """Whether this process has but a part of the model."""
+        """Whether this process has only a part of the model."""
         return self.process_group is not None or shards(self.base.layouts()[0]) > 1
 
     @disable_dynamo
@@ -150,40 +148,41 @@ class Learner:
         return [new for new, _ in found], torch.stack([torch.stack(motion) for _, motion in found])
 
     def _keep_quiet(self, passes: Passes, new: list[TunerState], ok: Tensor) -> None:
-        """Where no update is to follow, the base sees gradients of 0."""
+        """Give the base gradients of 0 where no update may follow."""
         counts = ok & (field_of(new, "outliers") == self.read("outliers"))
         if not on_host(counts) or known_false(counts):
             passes.discard(counts)
 
+    @disable_dynamo
     def _finish(self, passes: Passes, new: list[TunerState], motion: Tensor, ok: Tensor) -> None:
-        """What follows the base's step. It may be interrupted anywhere, and called again."""
+        """Complete a step after the base's. It may be interrupted anywhere, and called again."""
         update_sq = torch.where(ok, self._update_sq(passes.move(motion)), self.read("update_sq"))
         self._put(passes.states)
-        self._store([state._replace(update_sq=u) for state, u in zip(new, update_sq, strict=True)])
+        new = [state._replace(update_sq=u) for state, u in zip(new, update_sq, strict=True)]
+        if self._starting:  # while S is 0, a checkpoint must know ‖u‖ of the whole model, which no later sum tells
+            total = over_group(over_mesh(update_sq.clamp_min(0), self.base.layouts()[0]), self.process_group).sqrt()
+            new = [
+                state._replace(update_norm=torch.where(state.scale > 0, state.update_norm, norm))
+                for state, norm in zip(new, total, strict=True)
+            ]
+        self._store(new)
+        self._starting = max(self._starting - 1, 0)
         self.fresh &= not passes.states
 
-    @disable_dynamo
-    def _keep_first_update(self) -> None:
-        """While S is 0, know ‖u‖ of the whole model at the end of a step: a checkpoint may be written before the next
-        step adds it up. One all-reduce."""
-        mine = self.read("update_sq").clamp_min(0)
-        total = over_group(over_mesh(mine, self.base.layouts()[0]), self.process_group)
-        first = torch.where(self.read("scale") > 0, self.read("update_norm"), total.sqrt())
-        self._store([old._replace(update_norm=norm) for old, norm in zip(self.tuners(), first, strict=True)])
-        self._starting -= 1
-
     def _update_sq(self, parts: dict[Layout, Tensor]) -> Tensor:
-        """‖u_t‖² over this process's share of the parameters, [k].
+        """This process's share of ‖u_t‖², [k].
 
-        The shares are added up over the first layout's shards: of a tensor that is whole on each, a fraction.
+        The next step adds them up over the first layout's shards. A tensor that is whole on each gives a fraction.
         """
         first = next(iter(parts))
         shares = [part if shards(layout) > 1 else part / shards(first) for layout, part in parts.items()]
         return torch.stack(shares).sum(0).nan_to_num_(0.0, 0.0, 0.0)
 
     def _put(self, states: Sequence[ParamState]) -> None:
-        """The slots of the parameters that entered, beside the state that the base has now created for them: in the
-        order of the parameters, in which every rank gathers them."""
+        """Store the slots of the parameters that entered, now that the base has created its own state for them.
+
+        In the order of the parameters, in which every rank gathers them.
+        """
         slot = SLOT[self.record.options.variant]
         for one in states:
             kept = self.base.optimizer.state[one.param]
@@ -193,7 +192,7 @@ class Learner:
                 kept[REST] = one.rest
 
     def _store(self, tuners: list[TunerState]) -> None:
-        """What the tuner has learned becomes its state."""
+        """Write the tuner's new state into the param groups."""
         for flat, tuner in zip(_flats(self.base.groups, self.record.options), tuners, strict=True):
             flat.copy_(tuner.pack())
         self.base.groups[0]["mechanic_step"].copy_(tuners[0].steps)  # shared by all groups
@@ -209,36 +208,36 @@ class Learner:
         return field_of(self.tuners(), field)
 
     def packed(self, flat: Tensor) -> Tensor:
-        """A copy of a ``mechanic_state`` as a checkpoint is to have it: without what only this process knows."""
+        """Drop from a copy of a ``mechanic_state`` what only this process knows; it goes into a checkpoint."""
         if self.spread:
             flat[-1] = -1.0
         return flat
 
     @disable_dynamo
     def _forget_rehearsal(self) -> None:
-        """Sweep away what a rehearsal, or a checkpoint of one, left in the state: the first real step begins."""
+        """Drop state that was created before the first step: the base begins it now."""
         state = self.base.optimizer.state
         for p in [p for p in self.base.params() if SLOT[self.record.options.variant] in state.get(p, {})]:
             if self.record.lazy:
-                del state[p]  # the base's own first step is still to come
+                del state[p]
             elif p.grad is not None:
                 for key in KEPT:
                     state[p].pop(key, None)
 
     def enter(self, params: Sequence[Tensor]) -> None:
-        """Give parameters their slots at once, before a step that counts."""
+        """Give parameters their slots before the first step."""
         for p in params:
             self.base.optimizer.state[p].update(entry(p, self.record.options.variant))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_passes": None}  # which goes by identity
+        return {**vars(self), "_passes": None}  # its keys are identities
 
 
 class Frozen:
-    """A Mechanic that has stopped learning: x_{t+1} = x_t + S·u_t, by the base alone at lr × scale.
+    """Take steps that learn nothing: x_{t+1} = x_t + S·u_t, which is the base's own step at lr × scale.
 
     Args:
-        base: the optimizer inside.
+        base: the base optimizer.
         scales: of each param group, in the user's units; 0: none was learned.
     """
 
@@ -247,18 +246,18 @@ class Frozen:
         self.divisors = [1 / scale if scale > 0 else math.inf for scale in scales]
 
     def enter(self, params: Sequence[Tensor]) -> None:
-        """No parameter gets a slot."""
+        """Do nothing: no parameter gets a slot."""
 
     def packed(self, flat: Tensor) -> Tensor:
-        """As ``Learner.packed()``: there is nothing that only this process knows."""
+        """As ``Learner.packed()``; here all of it is shared."""
         return flat
 
     def step(self, closure: Closure | None) -> bool:
-        """The base's own step; nothing is learned, and no gradient is looked at."""
+        """Take the base's own step. No gradient is looked at."""
         if all(math.isinf(divisor) for divisor in self.divisors):
             raise ValueError(
-                "this Mechanic was frozen before it had learned a scale, which serves to load a frozen checkpoint: "
-                "load one, or build a new Mechanic, train, and call freeze() then"
+                "this Mechanic was frozen before it had learned a scale. Load a frozen checkpoint into it, or build a "
+                "new Mechanic, train, and call freeze() then"
             )
         count = self.base.groups[0]["mechanic_step"]
         after = count + 1
@@ -277,20 +276,20 @@ class Frozen:
 def tune(
     old: TunerState, sums: Sums, ok: Tensor, betas: Tensor, options: Options, unit: float, lr: Tensor
 ) -> tuple[TunerState, Motion]:
-    """One step of the tuner: Algorithm 1 from h_t to s_{t+1}.
+    """Update the tuner: Algorithm 1 from h_t to s_{t+1}.
 
     Args:
         old: the state after the last step.
         sums: the global sums at x_t.
-        ok: 0-d bool. False: the sums are not finite. The state stays, but for one more skipped step and the norm of
-            the parameters that entered; and nothing moves.
+        ok: 0-d bool. False: the sums are not finite. Then nothing moves, and the state changes only in the count of
+            skipped steps and the norm of the parameters that entered.
         betas: ``options.betas`` as a [n] tensor on the state's device.
         options: variant, s_decay, s_init, eps.
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
         lr: 0-d, the lr of this step over the base lr.
 
     Returns:
-        the new state, whose ``update_sq`` is still that of the old one, and the motion.
+        the new state, with the old ``update_sq``, and the motion.
     """
     ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
     if options.variant == "paper":
@@ -307,7 +306,7 @@ def tune(
 
 @lru_cache(maxsize=1)
 def compiled_tune() -> Callable[..., Any]:
-    """``tune()`` in a kernel or two instead of some sixty."""
+    """``tune()`` in one or two kernels instead of some sixty."""
     return torch.compile(tune, fullgraph=True, dynamic=False)
 
 
@@ -351,7 +350,7 @@ def on_host(ok: Tensor) -> bool:
 
 def known_false(ok: Tensor) -> bool:
     """Whether the host knows that some of `ok` is False."""
-    # A look at a value in host memory. Not `not ok`, which is `item()`: that has no place in a step.
+    # This reads host memory; `not ok` would call `item()`, which a step never does.
     return on_host(ok) and len(ok.logical_not().nonzero()) > 0
 
 
@@ -370,12 +369,12 @@ def field_of(tuners: Sequence[TunerState], name: str) -> Tensor:
 
 
 def fresh_state(options: Options, device: torch.device) -> Tensor:
-    """A ``mechanic_state`` that has seen nothing."""
+    """A new ``mechanic_state``."""
     return torch.zeros(TunerState.size(len(options.betas)), dtype=precise(device), device=device)
 
 
 def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """0-d, made on the device of `like` from numbers, which a captured graph allows."""
+    """The largest, 0-d on the device of `like`; a CUDA graph can capture it."""
     found = [lr.to(like).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
     numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
     found += [like.new_full((), max(numbers))] if numbers else []

@@ -1,6 +1,6 @@
-"""What a run tells of itself: the figures for a log, and what seems to be wrong with it.
+"""The figures for a log, and warnings about what seems to be wrong with a run.
 
-All of it is worked out on the host, from one copy of the tuner's state, when somebody asks; nothing in a step.
+All of it is computed on the host, from one copy of the tuner's state, when the user asks; nothing in a step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.optim import ASGD, LBFGS, Adafactor, Optimizer, Rprop
 
 from manic.tuner import Options, TunerState
 
-ENOUGH = 100  # steps, after which a scale has long left its start (it takes some 20 to 50)
-IDLE = 1000  # steps at one lr, after which somebody may have forgotten to step the scheduler
+ENOUGH = 100  # steps after which a scale has long left its start (it takes 20 to 50)
+IDLE = 1000  # steps at one lr after which the user may have forgotten to step the scheduler
 UNPROPORTIONAL = (Rprop, ASGD, LBFGS, Adafactor)  # as docs/algorithm.md explains
-INSIDE = ("manic", "torch")  # a warning names the user's own line
-HARDLY = 1e-5  # times 1 + ‖x_ref‖: the size of a step with which nobody trains
-FAR = 100.0  # times 1 + ‖x_ref‖: nobody trains that far away from where he began
+INSIDE = ("manic", "torch")  # a warning names the user's line, not theirs
+HARDLY = 1e-5  # times 1 + ‖x_ref‖: a step too small to train with
+FAR = 100.0  # times 1 + ‖x_ref‖: a distance from x_ref that no useful run reaches
 
 
 class Snapshot(NamedTuple):
     """A run at one moment, on the host."""
 
-    step: int  # calls of step() so far, those included that were skipped
+    step: int  # calls of step() so far, skipped steps included
     options: Options
     unit: float  # the base lr that is divided out of Δ
     names: list[str]  # of the param groups
@@ -48,12 +48,12 @@ class Snapshot(NamedTuple):
 
     @property
     def owners(self) -> list[str]:
-        """Whose the tuners are: group names; "" where there is one for all."""
+        """The group names of the tuners; "" where one serves all groups."""
         return self.names if len(self.tuners) > 1 else [""]
 
 
 def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) -> Snapshot:
-    """The run that param groups, live or in a checkpoint, belong to. Waits for their device, once."""
+    """Read a run from its param groups, live or in a checkpoint. Waits for their device, once."""
     flats = [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
     rates = [group.get("lr", 1.0) for group in groups]
     tensors = [groups[0]["mechanic_step"], *(lr for lr in rates if isinstance(lr, Tensor))]
@@ -68,7 +68,7 @@ def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) ->
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """What param groups are called: their "name" where each has one of its own, else their number."""
+    """The names of param groups: their "name" if all have different ones, else their number."""
     names = [str(group.get("name", i)) for i, group in enumerate(groups)]
     return names if len(set(names)) == len(names) else [str(i) for i in range(len(names))]
 
@@ -91,14 +91,14 @@ def metrics(look: Snapshot) -> dict[str, float]:
 def findings(
     look: Snapshot, last: Snapshot, level: Snapshot, base: type[Optimizer], waiting: bool
 ) -> Iterator[tuple[str, str]]:
-    """What seems to be wrong with a run that is still learning: a kind, to be told once, and what to say.
+    """Find what seems to be wrong with a run that is still learning: the kind of each fault, and a message.
 
     Args:
         look: the run now.
-        last: the run when it was looked at before; or the same look.
-        level: the run when it was first seen with the lrs of now; or the same look.
+        last: the snapshot before; or the same one.
+        level: the first snapshot with these lrs; or the same one.
         base: the class of the base optimizer.
-        waiting: there is an LR scheduler that somebody else than the Mechanic has to step.
+        waiting: the user has to step an LR scheduler.
     """
     since = look.step - last.step
     skipped = int(look.tuners[0].skipped - last.tuners[0].skipped)
@@ -111,15 +111,15 @@ def findings(
     if base in UNPROPORTIONAL:
         yield (
             "unproportional",
-            f"the update of {base.__name__} is not proportional to its lr: the base lr does not enter, only the "
-            "schedule does, and effective_lr() is no lr that you could give to the plain optimizer",
+            f"the update of {base.__name__} is not proportional to its lr: only the schedule has an effect, not the "
+            "base lr, and effective_lr() is no lr for the plain optimizer",
         )
     if waiting and look.step - level.step >= IDLE:
         yield (
             "waiting",
             f"an LR scheduler was built on this optimizer, but the lr has been {look.lrs[0]:g} for "
-            f"{look.step - level.step} steps: does anybody step it? Hand it over, Mechanic(optimizer, scheduler), or "
-            "call its step(). (Or it is level for so long.)",
+            f"{look.step - level.step} steps: pass it in, Mechanic(optimizer, scheduler), or call its step(). "
+            "(Ignore this if the schedule is level for so long.)",
         )
     for owner, tuner, before in zip(look.owners, look.tuners, last.tuners, strict=True):
         of = owner and f" of group {owner}"
@@ -130,42 +130,44 @@ def findings(
         if since >= 10 and outliers >= since / 10:
             yield (
                 f"outliers{of}",
-                f"in {outliers} of the last {since} steps no update followed the gradient{of}, since ⟨Δ, g⟩ was out of "
-                "all proportion: single batches may be broken, or the loss too wild; clip the gradients by their norm",
+                f"in {outliers} of the last {since} steps no update followed the gradient{of}, since ⟨Δ, g⟩ was far "
+                "larger than before: look for broken batches, or clip the gradients by their norm",
             )
 
 
 def _of_one(tuner: TunerState, options: Options, of: str, first: bool) -> Iterator[tuple[str, str]]:
-    """What can be told from the state of one learned scale. One that has left its start may well come back, where the
-    minimum is reached: that is asked only at the `first` look."""
+    """What the state of one learned scale tells. A scale may come back to its start at the minimum, so only the
+    `first` look asks whether it has left it."""
     steps, scale, update_norm = float(tuner.steps), float(tuner.scale), float(tuner.update_norm)
     size, away = 1 + math.sqrt(tuner.ref_sq), scale * float(tuner.delta_norm)
     if steps >= 10 and update_norm == 0:
         if float(tuner.numel) == 0 or (options.variant == "scale_free" and float(tuner.grad_norm) == 0):
             yield (
                 "gradients",
-                f"no gradient other than 0{of} came in {steps:.0f} steps. Are these the parameters of the model that "
-                "you train, does the loss depend on them, is zero_grad() called between backward() and step()?",
+                f"all gradients{of} were 0 in {steps:.0f} steps. Check that these are the parameters of the model that "
+                "you train, that the loss depends on them, and that zero_grad() does not come between backward() and "
+                "step()",
             )
         else:
             yield (
                 "updates",
-                f"the base optimizer has not moved the parameters{of} in {steps:.0f} steps. Is its lr 0, because "
-                "nobody steps its scheduler? Are its updates below the parameters' last digit (SGD, bfloat16)?",
+                f"the base optimizer has not moved the parameters{of} in {steps:.0f} steps. Check that its lr is not 0 "
+                "(is its scheduler stepped?) and that its updates are not below the parameters' last digit (SGD, "
+                "bfloat16)",
             )
     elif first and steps >= ENOUGH and options.s_init is None and scale * update_norm <= HARDLY * size:
         yield (
             "start",
-            f"the scale{of} has not left its start in {steps:.0f} steps, or is back there: to go along the updates so "
-            "far does not lower the loss. Is the sign of the loss right, is each batch a fair sample?"
+            f"the scale{of} has not left its start in {steps:.0f} steps, or is back there: the updates so far do not "
+            "lower the loss. Check the sign of the loss, and that each batch is a fair sample."
             + (' (variant="paper" needs a base lr of 1 or more.)' if options.variant == "paper" else ""),
         )
     elif steps >= ENOUGH and away > FAR * size:
         yield (
             "unbounded",
-            f"the parameters{of} are {away:.2g} away from where they began, more than {FAR:.0f} times their norm of "
-            "then, and the scale grows on: has the loss diverged, or has it no minimum (classes that can be told apart "
-            "without an error)? Weight decay gives it one",
+            f"the parameters{of} are {away:.2g} away from where they began, more than {FAR:.0f} times their norm then, "
+            "and the scale still grows. Check whether the loss has diverged. If it has no minimum (as on classes that "
+            "can be separated without error), weight decay gives it one",
         )
 
 
@@ -177,13 +179,13 @@ class Monitor:
         self._seen: tuple[Snapshot, Snapshot] | None = None  # the first with the lrs of the last, and the last
 
     def tell(self, message: str, kind: str = "") -> None:
-        """Warn, unless that was done before: in these words, or of this kind."""
+        """Warn, once of each kind, or once with each message."""
         if (kind or message) not in self._told:
             self._told.add(kind or message)
             warn(message)
 
     def examine(self, now: Snapshot, base: type[Optimizer], *, waiting: bool) -> None:
-        """Warn of what a run that is still learning seems to do wrong. `waiting`: as in ``findings()``."""
+        """Warn of what seems to be wrong with a run that is still learning. `waiting`: as in ``findings()``."""
         level, last = self._seen or (now, now)
         level = level if level.lrs == now.lrs else now
         self._seen = level, now
@@ -191,7 +193,7 @@ class Monitor:
             self.tell(message, kind)
 
     def forget(self) -> None:
-        """The next snapshot is not to be compared with the last."""
+        """Do not compare the next snapshot with the last."""
         self._seen = None
 
 
@@ -202,7 +204,7 @@ def warn(message: str) -> None:
 
 
 def _callers() -> list[str]:
-    """The names of the modules on the stack, from the caller of this function outwards."""
+    """The names of the modules on the stack, innermost first."""
     names, frame = [], sys._getframe(1)
     while frame is not None:
         names.append(frame.f_globals.get("__name__", ""))

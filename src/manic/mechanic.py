@@ -38,8 +38,8 @@ class Mechanic(Wrapper):
             Δ_{t+1} = Δ_t + u_t
             x_{t+1} = x_ref + (Σ s_{t+1})·Δ_{t+1}
 
-    That is ``variant="paper"``. The default, ``"scale_free"``, needs no lr at all: its equations are in
-    docs/algorithm.md.
+    That is ``variant="paper"``. The default, ``"scale_free"``, works at every base lr: docs/algorithm.md has its
+    equations.
 
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
@@ -110,10 +110,10 @@ class Mechanic(Wrapper):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Algorithm 1: the base optimizer's update, at the learned scale.
 
-        A gradient that is not finite (or whose squares overflow float32) changes nothing but the count of
-        skipped steps: on the CPU the base and the scheduler are not stepped at all; elsewhere, where looking
-        at the flag would stall the device, the base sees gradients of zero. So it does, with "scale_free", where
-        ⟨Δ, g⟩ is a multiple of all that was seen before: the scale takes notice, but no update follows.
+        A gradient that is not finite (or whose squares overflow float32) changes only the count of skipped steps. On
+        the CPU the Mechanic then steps neither the base nor the scheduler. On other devices, where the host does not
+        wait for the gradients, the base gets gradients of zero. "scale_free" also gives the base gradients of zero
+        where ⟨Δ, g⟩ is a multiple of all values before: the scale takes it into account, but no update follows.
 
         If anything interrupts a step, parameters and tuner are those before the step or those after it.
 
@@ -134,10 +134,10 @@ class Mechanic(Wrapper):
     def compile(self) -> None:
         """Compile what a step runs, as ``torch.nn.Module.compile()`` does for a module: the same to rounding, faster.
 
-        On the CPU the two passes over memory become C++ (for dense parameters in float32, float64 and bfloat16), built
-        by ``torch.utils.cpp_extension`` in a second or two and kept in its folder. Elsewhere the scalar half goes
-        through ``torch.compile``, in the next step. Not part of a checkpoint: a run that is to resume bit for bit
-        compiles both times, or neither.
+        On the CPU the two passes over memory become C++ (for dense parameters in float32, float64 and bfloat16), which
+        ``torch.utils.cpp_extension`` builds in a second or two and keeps. On other devices ``torch.compile`` takes the
+        scalar half, in the next step. A checkpoint does not say whether a run was compiled: to resume bit for bit,
+        compile both times or neither.
 
         Raises:
             RuntimeError: there is no C++ compiler or no ninja, or they fail. The Mechanic goes on as before.
@@ -149,38 +149,38 @@ class Mechanic(Wrapper):
     @disable_dynamo
     @torch.no_grad()
     def freeze(self) -> None:
-        """Stop learning: the scale stays as it is, x_ref is freed, and from here on a step is the base optimizer's own,
-        at group lr × scale. It waits for the device; no way back.
+        """Stop learning: the scale stays, x_ref is freed, and each further step is the base optimizer's own, at group
+        lr × scale. This waits for the device and cannot be undone.
 
-        Gradients that are not finite are the base's own concern again, and bfloat16 and float16 parameters lose the
-        digits that they cannot hold. Schedules go on. A checkpoint says that it is frozen, and so is who loads it. Call
-        it on a new Mechanic before ``torch.distributed.checkpoint`` loads such a checkpoint into it.
+        The base then gets gradients that are not finite as they are. bfloat16 and float16 parameters lose the digits
+        that they cannot hold. Schedules go on. A checkpoint says that it is frozen, and a Mechanic that loads it is
+        frozen too. ``torch.distributed.checkpoint`` loads it only into a Mechanic that is frozen already.
 
         Raises:
-            ValueError: steps were taken, and no scale was learned in them; a param group has no lr.
+            ValueError: the steps so far have learned no scale; a param group has no lr.
         """
         self._run.freeze()
 
     @disable_dynamo
     @torch.no_grad()
     def unwrap(self, *schedulers: LRScheduler) -> Optimizer:
-        """The plain base optimizer back, to go on as the frozen Mechanic would: ``freeze()``, and the learned scale
-        folded into its lrs and into the base lrs of its scheduler.
+        """Give back the plain base optimizer, which goes on as the frozen Mechanic would: ``freeze()``, and multiply
+        its lrs, and those that its scheduler holds, with the learned scale.
 
-        Step it and the scheduler that was inside yourself from here on, and save their own state dicts: nothing of the
-        wrapper is left in them. The Mechanic cannot be used any more.
+        From then on step it and the scheduler that was inside yourself, and save their own state dicts. They hold
+        nothing of the wrapper. The Mechanic cannot be used any more.
 
         Args:
-            schedulers: those that you step yourself, built on the Mechanic or on the base. The one inside needs no
-                mention.
+            schedulers: those that you step yourself, built on the Mechanic or on the base; not the one inside.
 
         Returns:
             ``base_optimizer``, whose updates are those of lr × scale.
 
         Raises:
-            TypeError: no LR scheduler.
-            ValueError: nothing was learned yet; a param group has no lr; a scheduler is another optimizer's, or was
-                built on this one and is not given; one holds an lr for groups whose scales differ. Nothing is changed.
+            TypeError: an argument is no LR scheduler.
+            ValueError: no scale was learned yet; a param group has no lr; a scheduler belongs to another optimizer; one
+                that was built on this optimizer is missing; one holds an lr for groups whose scales differ. Nothing is
+                changed.
         """
         for scheduler in schedulers:
             if not isinstance(scheduler, LRScheduler):
@@ -217,20 +217,20 @@ class Mechanic(Wrapper):
         return self._run.snapshot().effective_lrs
 
     def metrics(self) -> dict[str, float]:
-        """What a log wants to know, as floats. One sync.
+        """The figures for a log, as floats. One sync.
 
         - ``scale``; ``effective_lr``, which is lr × scale.
         - ``h``: < 0 while Δ still points downhill, about 0 where the scale has settled. ``"scale_free"``: without a
           unit; ``"paper"``: as in Algorithm 1.
         - ``delta_norm``: ‖Δ‖ when the last step began, over the elements that had a gradient, in units of the user's
           lr: scale × delta_norm is how far the parameters were from x_ref.
-        - ``skipped``: steps with a gradient that was not finite. ``outliers``: steps whose gradient was so far out of
-          all proportion that no update followed it.
+        - ``skipped``: steps with a gradient that was not finite. ``outliers``: steps whose gradient was so large that
+          no update followed it.
 
-        With several param groups ``effective_lr/NAME``, NAME being the group's ``"name"``, or its number; with
-        `per_group` the others, but for ``skipped``, likewise. What seems to be wrong with the run (a scale that stays
-        at its start, or grows without bound; gradients that are 0, or not finite; an lr that nobody steps, or that does
-        not enter the update) is told in a warning, once.
+        With several param groups: ``effective_lr/NAME``, where NAME is the group's ``"name"`` or its number. With
+        `per_group` the other figures have a NAME too, except ``skipped``. This also warns, once, if something seems to
+        be wrong with the run: a scale that stays at its start or grows without bound, gradients that are 0 or not
+        finite, a scheduler that is not stepped, a base whose update does not depend on its lr.
         """
         now = self._run.snapshot()
         if not self._run.record.frozen:
@@ -268,10 +268,10 @@ class Mechanic(Wrapper):
     def state_dict(self) -> dict[str, Any]:
         """Everything: the base's state, the tuner, x_ref (or Δ), the options and the scheduler.
 
-        Its tensors are the live ones, as in torch, but for the few numbers of the tuner. Load it with
-        ``torch.load(path, weights_only=True)`` and ``load_state_dict()``. A Mechanic is a ``Stateful`` of
-        ``torch.distributed.checkpoint`` as well: ``dcp.save({"mechanic": mechanic})``, ``dcp.load`` likewise. For
-        that, the state dict before the first step has the state that the first step will create.
+        Its tensors are the live ones, as in torch, except the few numbers of the tuner. Load it with
+        ``torch.load(path, weights_only=True)`` and ``load_state_dict()``. A Mechanic is also a ``Stateful`` of
+        ``torch.distributed.checkpoint``: ``dcp.save({"mechanic": mechanic})``, and ``dcp.load`` likewise. For this, a
+        call before the first step creates the state that the first step will create.
         """
         self._run.inside.refuse_in_a_step()
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -286,14 +286,14 @@ class Mechanic(Wrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: the next ``step()`` is the one that the saved run would have taken, bit for bit.
 
-        The tuner's options follow the checkpoint, with a warning that names those that differ; so do lr and
-        the other options of the base, as in torch. The state of a plain base optimizer (no wrapper) loads too:
+        The checkpoint's options replace those of the tuner, with a warning that names those that differ. As in torch,
+        its lr and other options replace the base's. The state dict of a plain base optimizer (no wrapper) loads too:
         then the tuner starts afresh, with a warning.
 
         Raises:
             ValueError: the checkpoint does not fit (format, base class, scheduler class, number of groups or
-                parameters, shapes, shards, missing or foreign state, NaN, infinite values of our own). Nothing has been
-                loaded then, and on every other process that shares the model ``load_state_dict`` raises as well.
+                parameters, shapes, shards, missing or foreign state, NaN, infinite values of the tuner). Then nothing
+                is loaded, and ``load_state_dict`` raises on every other process that shares the model.
         """
         self._run.inside.refuse_in_a_step()
         if not isinstance(state_dict, dict):
@@ -345,7 +345,7 @@ def mechanize(base: type[Optimizer], **options: Any) -> type[Mechanic]:
             "an optimizer that is built already goes to Mechanic(optimizer)"
         )
 
-    # A class, since trainers ask for a subclass of Optimizer; with __new__, so that what it builds can be pickled.
+    # A class, since trainers ask for a subclass of Optimizer; with __new__, so that its instances can be pickled.
     def build(_: type, *args: Any, **base_options: Any) -> Mechanic:
         return Mechanic(base(*args, **base_options), **options)
 
@@ -358,7 +358,7 @@ def is_mechanized(optimizer: object) -> bool:
 
 
 def mechanic_in(optimizer: Any) -> Mechanic | None:
-    """The Mechanic that an optimizer is, or that a framework has wrapped once more; None: there is none."""
+    """The Mechanic that `optimizer` is, or that a framework's wrapper holds; None: there is none."""
     while optimizer is not None and not isinstance(optimizer, Mechanic):
         optimizer = vars(optimizer).get("_optimizer", vars(optimizer).get("optimizer"))
     return optimizer

@@ -1,4 +1,4 @@
-"""A run: the optimizer inside, its schedule, what a checkpoint says of them, and how a step is taken."""
+"""A run: the base optimizer, its schedule, what a checkpoint says of them, and the mode that takes a step."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ BOOST = 2.0**16  # of the lr of bfloat16 parameters in the base's step
 
 
 class Run:
-    """Keeps the param groups, the record and the mode in step with each other.
+    """Keep the param groups, the record and the mode (learning or frozen) consistent.
 
     Args:
-        base_optimizer: the optimizer inside.
-        schedule: of the scheduler inside.
-        options: what the user asked the tuner to do.
+        base_optimizer: the optimizer that is wrapped.
+        schedule: the LR scheduler inside.
+        options: the tuner's options.
         device: where the tuner's state is; None: where the first parameter is.
-        process_group: the ranks over which one model's parameters are spread without a mark on the tensors.
+        process_group: the ranks that share one model's parameters without a mark on the tensors.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Run:
         self.process_group = process_group
         devices = [p.device for p in self.inside.params()]
         self.device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
-        self.calls = 0  # of step() so far, as the host knows
+        self.calls = 0  # of step() so far, counted on the host
         self.compiled = False
-        # Adagrad and its like have state from construction on, so that DCP does not make them rehearse.
+        # Adagrad has state from construction on.
         lazy = not self.inside.begun()
         self.record = Record(self.inside.name, schedule.name, 0.0, lazy, frozen=False, options=options)
-        self._written = self.record.written()  # one object in all of our groups, by which they are known
+        self._written = self.record.written()  # this very object in each of our groups tells that it is ours
         self._mode: Learner | Frozen
         try:
             self._start_afresh(self.record)
@@ -72,7 +72,7 @@ class Run:
         return self.inside.groups
 
     def step(self, closure: Closure | None) -> None:
-        """One step, and one of the schedule if the step counted."""
+        """Take one step, and step the schedule if the step counted."""
         self.adopt()
         if self.inside.is_rehearsal(closure, self._anywhere):
             self.inside.create_state(self._mode.divisors, self._mode.enter)
@@ -89,13 +89,13 @@ class Run:
         return field_of(stored(self.groups, self.record.options), field)
 
     def snapshot(self) -> Snapshot:
-        """The run at this moment, on the host. One sync."""
+        """Copy what the run knows to the host. One sync."""
         self.inside.refuse_in_a_step()
         self.adopt()
         return snapshot(self.groups, self.record.options, self.record.unit)
 
     def compile(self) -> None:
-        """Take compiled sweeps from now on."""
+        """Use compiled sweeps from now on."""
         self.compiled = True
         self._settle(self.record)
 
@@ -110,7 +110,7 @@ class Run:
         if isinstance(self.inside.optimizer, UNPROPORTIONAL):
             self.monitor.tell(
                 f"the update of {self.inside.name} is not proportional to its lr, which now carries the frozen scale: "
-                "the steps will not be those that were taken so far",
+                "its steps will differ from those so far",
                 "frozen",
             )
         state = self.inside.optimizer.state
@@ -118,15 +118,15 @@ class Run:
             for key in KEPT:
                 state[p].pop(key, None)
             if not state[p]:
-                del state[p]  # as the base would have it
+                del state[p]  # the base itself keeps none
         self._settle(dataclasses.replace(self.record, frozen=True))
 
     def unwrap(self, schedulers: Sequence[LRScheduler], *, waiting: bool) -> Optimizer:
         """As ``manic.Mechanic.unwrap()``. `waiting`: an LR scheduler was built on this optimizer or on the Mechanic."""
         if waiting and not schedulers:
             raise ValueError(
-                "an LR scheduler that you step yourself was built on this optimizer: the scale must be folded into it "
-                "as well, unwrap(scheduler)"
+                "you step an LR scheduler that was built on this optimizer: pass it, unwrap(scheduler), so that the "
+                "scale goes into its lrs as well"
             )
         scales = self.snapshot().scales
         if not any(scales):
@@ -138,7 +138,7 @@ class Run:
         self.freeze()
         base = self.inside.optimizer
         if len(set(scales)) == 1 and "lr" in base.defaults:
-            base.defaults["lr"] = base.defaults["lr"] * scales[0]  # of a group that is added later
+            base.defaults["lr"] = base.defaults["lr"] * scales[0]  # for groups that the user adds later
         self.inside.leave()
         return base
 
@@ -151,12 +151,8 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """As ``manic.Mechanic.state_dict()``."""
         self.adopt()
-        if self.inside.begun() or (self.record.frozen and self.calls > 0):
-            return self._pack()
-        with self.inside.rehearsed(self._mode.divisors, self._mode.enter):
-            return self._pack()
-
-    def _pack(self) -> dict[str, Any]:
+        if not self.inside.begun() and not (self.record.frozen and self.calls > 0):
+            self.inside.create_state(self._mode.divisors, self._mode.enter)
         self._write()
         return loading.pack(self.inside.optimizer, self._mode.packed)
 
@@ -182,17 +178,17 @@ class Run:
             return
         saved, steps, skipped = found
         self.calls = steps + skipped
-        # On the host what was skipped has created no state, so that what there is was rehearsed.
+        # A step that the host skipped creates no state. So this state is from before the first step.
         self._settle(saved, fresh=steps == 0 and (skipped == 0 or on_host(self.groups[0]["mechanic_step"])))
 
     def _anywhere(self, here: bool) -> bool:
-        """Whether `here` is true on any process that has a part of the model. One collective, on all of them."""
+        """Whether `here` is true on any process that has a part of the model. One collective."""
         return anywhere(here, self.inside.layouts(), self.process_group, self.device)
 
     # ------------------------------------------------------------------ groups, record and mode
 
     def _start_afresh(self, record: Record) -> None:
-        """A tuner that has seen nothing, and the base lr, from the groups as they are."""
+        """Begin with a new tuner, and take the base lr from the groups."""
         for group in self.groups:
             group.pop("mechanic_state", None)
             group.pop("mechanic_step", None)
@@ -205,19 +201,19 @@ class Run:
     def _base_lr(self, options: Options) -> float:
         """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0.
 
-        For bfloat16 parameters, which hold 8 bits of x + u, a fraction of it: u counts for all of them where it is
-        large beside x, and is read off with the bits of u rather than those of x.
+        For bfloat16 parameters it is a fraction of that: x + u has 8 bits, and they are those of u where u is large
+        beside x.
         """
         if options.variant == "paper":
             return 1.0
         lrs = [float(group.get("initial_lr", group["lr"])) for group in self.groups if "lr" in group]
         dtypes = {p.dtype for p in self.inside.params()}
-        coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # which holds no such lr
+        coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # float16 would overflow
         boosted = coarse and not isinstance(self.inside.optimizer, UNPROPORTIONAL)
         return max(lrs, default=1.0) / (BOOST if boosted else 1.0)
 
     def _attach_state(self, groups: list[dict[str, Any]], options: Options) -> None:
-        """The tuner's tensors for groups that have none: those of the first group, or (per_group) fresh ones."""
+        """Give groups the tuner's tensors: those of the first group, or with per_group new ones."""
         first = self.groups[0]
         for group in groups:
             shared = None if options.per_group else first.get("mechanic_state")
@@ -227,16 +223,16 @@ class Run:
 
     @disable_dynamo
     def adopt(self) -> None:
-        """Take in the groups that the Mechanic does not know: added, or loaded behind its back."""
-        if self.inside.loading:  # what the base, its hooks or a schedule ask meanwhile finds the groups half loaded
+        """Take in param groups that the user has added, or loaded into the base optimizer itself."""
+        if self.inside.loading:  # the base's hooks or a schedule may call this while the groups are half loaded
             return
         bare = [group for group in self.groups if "mechanic_state" not in group]
         ours = [group for group in self.groups if "mechanic_state" in group]
         if any(group.get("mechanic_options") is not self._written for group in ours):
             raise ValueError(
-                f"the param groups of {self.inside.name} were loaded or copied behind the Mechanic, with half of what "
-                "it knows: load a checkpoint with load_state_dict() of the Mechanic, and leave the entries of a group "
-                "whose names begin with mechanic_ where they are"
+                f"the param groups of {self.inside.name} were loaded or copied without the Mechanic, which now knows "
+                "only half of its state: load a checkpoint with the Mechanic's load_state_dict(), and do not copy the "
+                "entries of a group whose names begin with mechanic_"
             )
         for group in bare:
             check_params(group["params"])
@@ -244,8 +240,8 @@ class Run:
             self._settle(dataclasses.replace(self.record, base_lr=base_lr))
         if len(bare) == len(self.groups):
             warn(
-                f"the param groups of {self.inside.name} were replaced behind the Mechanic (did you call "
-                "load_state_dict of the optimizer inside?): the tuner starts afresh"
+                f"the param groups of {self.inside.name} were replaced without the Mechanic (did you call "
+                "load_state_dict of the base optimizer?): the tuner starts afresh"
             )
             self._start_afresh(dataclasses.replace(self.record, frozen=False))
         elif bare:
@@ -253,14 +249,11 @@ class Run:
                 raise ValueError("a frozen Mechanic learns no scale for a new param group: add it before freeze()")
             self._attach_state(bare, self.record.options)
             self._settle(self.record)
-        elif len(self._mode.divisors) != len(self.groups):  # a group was taken out
+        elif len(self._mode.divisors) != len(self.groups):  # the user has removed a group
             self._settle(self.record)
 
     def _settle(self, record: Record, *, fresh: bool | None = None) -> None:
-        """Take up a record: with the groups as they are, what follows from it is worked out anew.
-
-        `fresh`: as in ``manic.algorithm.Learner``; None: as it was.
-        """
+        """Work out anew what follows from a record and the groups. `fresh`: of ``Learner``; None: as it was."""
         if record.frozen:
             scales = snapshot(self.groups, record.options, record.unit).scales
             self._mode = Frozen(self.inside, scales)
@@ -278,25 +271,25 @@ class Run:
     def _write(self) -> None:
         loading.write(self.groups, self._written, self.schedule)
 
-    # ------------------------------------------------------------------ what happens behind the Mechanic
+    # ------------------------------------------------------------------ calls of the base optimizer itself
 
     def watch(self) -> None:
-        """See when the optimizer inside is stepped or saved. A copy comes without hooks, and calls this."""
+        """Notice a step or a save of the base optimizer itself. A copy has no hooks, and calls this again."""
         self.inside.watch(self._on_base_step, self._on_base_state_dict)
 
     def _on_base_step(self, *_: object) -> None:
         if not self.inside.stepping:
             self.monitor.tell(
-                f"{self.inside.name}.step() was called behind the Mechanic that wraps it: that update is not scaled. "
-                "Call the Mechanic's step() alone."
+                f"{self.inside.name}.step() was called, not the step() of the Mechanic that wraps it: that update is "
+                "not scaled. Call the Mechanic's step() only"
             )
 
     def _on_base_state_dict(self, *_: object) -> None:
         """Keep ``base_optimizer.state_dict()`` complete."""
         if self.inside.stepping:
             self.monitor.tell(
-                f"{self.inside.name}.state_dict() was called in the middle of a step: its lr is not yours. Save after "
-                "step()"
+                f"{self.inside.name}.state_dict() was called during step(), where lr is temporarily changed: save "
+                "after step()"
             )
         elif not self.inside.loading:
             self.adopt()

@@ -1,4 +1,4 @@
-"""The LR scheduler inside a Mechanic, and the scale folded into all that holds an lr."""
+"""The LR scheduler inside a Mechanic, and how ``unwrap()`` multiplies every lr with the scale."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # lists; of all sche
 
 
 class Schedule:
-    """The LR scheduler that the Mechanic steps: it was built on the base optimizer, and nobody else steps it.
+    """Step the LR scheduler that was built on the base optimizer, and notice if something else steps it too.
 
     Args:
-        scheduler: an LR scheduler built on `base`; None: there is none.
-        base: the optimizer inside.
+        scheduler: an LR scheduler built on `base`, or None.
+        base: the base optimizer.
 
     Raises:
         TypeError: it is no LR scheduler, or one that needs a metric in every step.
@@ -31,7 +31,7 @@ class Schedule:
 
     def __init__(self, scheduler: LRScheduler | None, base: Optimizer) -> None:
         self.scheduler = scheduler
-        self._left: tuple[Any, list[Any]] | None = None  # where our own last step left it, and the lrs
+        self._left: tuple[Any, list[Any]] | None = None  # its epoch, and the lrs, after our last step
         if scheduler is None:
             return
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -63,7 +63,7 @@ class Schedule:
 
     @disable_dynamo
     def step(self, groups: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
-        """Step it, and tell the user if something else has stepped it as well, or has set the lr."""
+        """Step it. Tell the user if something else has stepped it too, or has set the lr."""
         if self.scheduler is None:
             return
         name, (epoch, lrs), left = type(self.scheduler).__name__, self._where(groups), self._left
@@ -71,43 +71,42 @@ class Schedule:
         self._left = self._where(groups)
         if left is not None and epoch != left[0]:
             tell(
-                f"something else steps {name} as well: mechanic.step() steps it, so do not. A framework that steps "
-                "schedulers itself wants one that is built on the Mechanic, and none inside"
+                f"something else also steps the {name} that you passed in: remove that call, since mechanic.step() "
+                "steps it. If a framework steps it, build it on the Mechanic instead, and pass none in"
             )
         elif left is not None and lrs != left[1]:
             tell(
-                f"something else has set the lr, though {name} is inside and sets it in every step. If that is another "
-                "LR scheduler, leave one out (Trainer of Transformers builds one of its own)"
+                f"something else has set the lr, which the {name} that you passed in sets in every step. If that is "
+                "another LR scheduler, remove one of them (the Trainer of Transformers builds its own)"
             )
 
     def forget(self) -> None:
-        """What follows was not left so by our own last step."""
+        """Compare nothing with the step before."""
         self._left = None
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a state, a copy of it, and try whether the scheduler can work out the lrs of now."""
+        """Load a copy of a state, and check that the scheduler can compute its lrs from it."""
         assert self.scheduler is not None
         self.scheduler.load_state_dict(copy.deepcopy(state))
         _try_out(self.scheduler)
         self.scheduler.load_state_dict(copy.deepcopy(state))  # a function may count its calls
 
     def _where(self, groups: Sequence[dict[str, Any]]) -> tuple[Any, list[Any]]:
-        """Where the scheduler stands, and the lr of every group; for a tensor, which may be on a device, what tells
-        whether it was written to."""
+        """Its epoch, and the lr of every group: of a tensor, its version, since reading it may wait for a device."""
         lrs = [group.get("lr") for group in groups]
         marks = [(id(lr), lr._version) if isinstance(lr, Tensor) else lr for lr in lrs]
         return getattr(self.scheduler, "last_epoch", None), marks
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_left": None}  # which goes by identity
+        return {**vars(self), "_left": None}  # it holds identities
 
 
 def _try_out(scheduler: LRScheduler) -> None:
-    """Have it work out the lrs of now, which it cannot where what it has loaded does not go together. Nothing stays."""
+    """Let a scheduler compute its lrs, which raises if its state is inconsistent. Changes nothing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is not how users should ask
+        warnings.simplefilter("ignore")  # torch advises users against get_lr()
         for part in parts(scheduler):
-            if type(part).get_lr is LRScheduler.get_lr:  # which those that are made of others do not have
+            if type(part).get_lr is LRScheduler.get_lr:  # a scheduler that is made of others has none
                 continue
             dicts = [vars(part), *part.optimizer.param_groups]  # OneCycleLR sets the momentum
             before = [dict(values) for values in dicts]
@@ -118,20 +117,20 @@ def _try_out(scheduler: LRScheduler) -> None:
 
 
 def parts(scheduler: LRScheduler) -> Iterator[LRScheduler]:
-    """A scheduler and those that it is made of."""
+    """A scheduler, and those that it is made of."""
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
         yield from parts(inner)
 
 
 def name_of(scheduler: LRScheduler) -> str:
-    """Its class, and the classes of those that it is made of: "SequentialLR(LinearLR, CosineAnnealingLR)"."""
+    """Its class, with those that it is made of: "SequentialLR(LinearLR, CosineAnnealingLR)"."""
     inner = ", ".join(map(name_of, getattr(scheduler, "_schedulers", None) or ()))
     return type(scheduler).__name__ + (f"({inner})" if inner else "")
 
 
 def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], scales: Sequence[float]) -> None:
-    """Multiply every lr of each param group, and those that the schedulers keep for it, with its scale.
+    """Multiply the lrs of each param group, and those that schedulers keep for it, with its scale.
 
     Args:
         groups: the param groups of the optimizer.
@@ -151,18 +150,18 @@ def fold(groups: Sequence[dict[str, Any]], schedulers: Sequence[LRScheduler], sc
         )
     for group, scale in zip(groups, scales, strict=True):
         for name in group.keys() & set(IN_A_GROUP):
-            group[name] = group[name] * scale  # anew: groups may share a tensor
+            group[name] = group[name] * scale  # a new tensor: groups may share the old one
     for part in found:
         for name in vars(part).keys() & set(PER_GROUP):
             values = getattr(part, name)
-            # A scheduler may not know of the groups that were added after it was built.
+            # A scheduler does not know groups that were added after it was built.
             setattr(part, name, [lr * scale for lr, scale in zip(values, scales, strict=False)])
     for part, name in shared:
         setattr(part, name, getattr(part, name) * scales[0])
 
 
 def differences(scheduler: LRScheduler, state: dict[str, Any]) -> Iterator[str]:
-    """What a scheduler was built with, and will lose to a state that it loads: "T_max = 100 replaces 200"."""
+    """The constructor arguments that a loaded state will replace: "T_max = 100 replaces 200"."""
     here = scheduler.state_dict()
     for name in sorted(inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch", "schedulers"}):
         key = f"_{name}" if f"_{name}" in here else name  # SequentialLR's _milestones
@@ -174,7 +173,7 @@ def differences(scheduler: LRScheduler, state: dict[str, Any]) -> Iterator[str]:
 
 
 def _shared(scheduler: LRScheduler) -> Iterator[str]:
-    """What it holds in units of the lr for all groups together."""
+    """Its attributes that are one lr for all groups."""
     if hasattr(scheduler, "eta_min"):
         yield "eta_min"
     if isinstance(scheduler, ReduceLROnPlateau):

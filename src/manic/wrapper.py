@@ -1,11 +1,10 @@
-"""An optimizer around an optimizer: what it owes PyTorch, how the one inside is stepped, and how a step stays whole."""
+"""An optimizer around an optimizer: what it owes PyTorch, how it steps the one inside, and how a step stays whole."""
 
 from __future__ import annotations
 
 import signal
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +18,17 @@ Closure = Callable[[], Any]
 
 
 class Wrapper(Optimizer):
-    """The part of the ``torch.optim.Optimizer`` contract that has nothing to do with tuning.
+    """Keep the part of the ``torch.optim.Optimizer`` contract that has nothing to do with tuning.
 
-    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. Loading replaces them, so they are looked
-    up every time.
+    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's own. Loading replaces them, so every use looks
+    them up anew.
     """
 
     base_optimizer: Optimizer
 
     def __init__(self, base_optimizer: Optimizer) -> None:
-        # Optimizer.__init__ would build param_groups and state of its own; these are the parts that it adds.
-        # The hooks must not be the base's: each would be called twice.
+        # Optimizer.__init__ would build its own param_groups and state; this is the rest of what it does.
+        # The hooks must not be the base's: torch would call each twice.
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
         self._optimizer_state_dict_pre_hooks = OrderedDict()
@@ -73,8 +72,7 @@ class Wrapper(Optimizer):
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the hooks, as torch does, and without the patch that an LR scheduler puts on the instance's `step`: it
-        # can be neither pickled nor copied.
+        # Without the hooks, as in torch, and without an LR scheduler's patch of `step`, which cannot be pickled.
         return {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
 
     def __getattr__(self, name: str) -> Any:
@@ -86,25 +84,25 @@ class Wrapper(Optimizer):
 
     @property
     def scheduled_outside(self) -> bool:
-        """Whether an LR scheduler is built on this optimizer that is not the one inside. (It puts a mark on step.)"""
+        """Whether another LR scheduler than the one inside was built on this optimizer. (It puts a mark on step.)"""
         on_base = self.scheduler is None and hasattr(self.base_optimizer.step, "_wrapped_by_lr_sched")
         return on_base or hasattr(vars(self).get("step"), "_wrapped_by_lr_sched")
 
 
 class Inside:
-    """The base optimizer: it is stepped at another lr than its groups say."""
+    """The base optimizer, which steps at another lr than its groups say."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.stepping = False  # parameters and lr are not those of a step's end
-        self.finished = False  # its last step has come to its end
-        self.loading = False  # its groups are half loaded
+        self.stepping = False  # in its step: parameters and lr are temporarily changed
+        self.finished = False  # its last step has returned
+        self.loading = False  # a load has replaced some of its groups
         self._lent: list[tuple[dict[str, Any], float, Any, Any]] = []  # group, divisor, the user's lr, the lent one
         self._hooks: list[Any] = []
 
     @property
     def name(self) -> str:
-        """Its class."""
+        """The name of its class."""
         return type(self.optimizer).__name__
 
     @property
@@ -117,23 +115,23 @@ class Inside:
         return [p for group in self.groups for p in group["params"]]
 
     def layouts(self) -> list[Layout]:
-        """How the parameters are spread over processes, alike on every rank: sharded ones first."""
+        """How the parameters are spread over processes, sharded ones first: the same list on every rank."""
         found = dict.fromkeys(map(layout_of, self.params()))
         return sorted(found, key=shards, reverse=True) or [None]
 
     def begun(self) -> bool:
-        """Whether there is state of some parameter. (A base may keep state of its own beside it.)"""
+        """Whether some parameter has state. (A base may keep other state beside it.)"""
         return any(self.optimizer.state.get(p) for p in self.params())
 
     def watch(self, on_step: Callable[..., None], on_state_dict: Callable[..., None]) -> None:
-        """Call these before its step and its state_dict. Some optimizers skip Optimizer.__init__ and have no hooks."""
+        """Call these before its step and its state_dict. An optimizer that skips Optimizer.__init__ has no hooks."""
         if hasattr(self.optimizer, "_optimizer_step_pre_hooks"):
             self._hooks.append(self.optimizer.register_step_pre_hook(on_step))
         if hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):
             self._hooks.append(self.optimizer.register_state_dict_pre_hook(on_state_dict))
 
     def leave(self) -> None:
-        """Take everything of ours off it."""
+        """Remove our hooks and our keys in its groups."""
         for handle in self._hooks:
             handle.remove()
         for group in self.groups:
@@ -141,12 +139,12 @@ class Inside:
                 del group[key]
 
     def step(self, closure: Closure | None, divisors: Sequence[float]) -> None:
-        """Its own step, at lr / divisor of each group."""
+        """Step it at lr / divisor of each group."""
         self.finished = False
         try:
             self.stepping = True
             self._lend(divisors)
-            # In one line, so that nothing comes between the two.
+            # In one line, so that no interrupt comes between the two.
             _, self.finished = self.optimizer.step() if closure is None else self.optimizer.step(closure), True
         finally:
             self.come_back()
@@ -158,10 +156,10 @@ class Inside:
                 group["lr"] = self._lent[-1][-1]
 
     def come_back(self) -> None:
-        """The end of its step: the lrs are the user's again. To call it twice does no harm."""
+        """End its step: give each group the user's lr back. A second call does nothing."""
         while self._lent:
             group, divisor, lr, ours = self._lent[-1]
-            # A base that sets its own lr has set the lent one.
+            # A base that sets its own lr has changed the lent one.
             group["lr"] = lr if group["lr"] is ours or group["lr"] is lr else group["lr"] * divisor
             self._lent.pop()
         self.stepping = False
@@ -170,14 +168,12 @@ class Inside:
 
     @disable_dynamo
     def is_rehearsal(self, closure: Closure | None, anywhere: Callable[[bool], bool]) -> bool:
-        """Whether a step is torch.distributed.checkpoint's, which makes an optimizer create its state by a step with lr
-        and gradients of 0.
-
-        Only where no state is. It looks at values only while every lr is 0.
+        """Whether torch.distributed.checkpoint takes this step: it makes an optimizer create its state by a step with
+        lr and gradients of 0. Reads values only while there is no state and every lr is 0.
 
         Args:
             closure: of the step.
-            anywhere: whether its argument is true on any process, so that the verdict is the same on all.
+            anywhere: whether its argument is true on any process, so that all decide alike.
         """
         if closure is not None or self.begun():
             return False
@@ -188,71 +184,52 @@ class Inside:
         return anywhere(len(grads) > 0) and not anywhere(any(bool(g.count_nonzero()) for g in map(_values, grads)))
 
     def create_state(self, divisors: Sequence[float], enter: Callable[[list[Tensor]], None]) -> None:
-        """What a first step with lr and gradients of 0 creates, and nothing else of it: the parameters stay.
+        """Create the state that the first step will create: by a step with lr and gradients of 0, undone but for it.
+
+        A base that cannot be stepped so (it needs a closure, or sparse gradients) gets none.
 
         Args:
             divisors: as in ``step()``.
             enter: gives parameters what we keep for them.
         """
-        before = [dict(group) for group in self.groups]
-        params = [p for p in self.params() if p.grad is not None]
-        copies = [p.detach().clone() for p in params]
-        try:
-            self.step(None, divisors)
-        finally:
-            for p in reversed(params):
-                p.detach().copy_(copies.pop())  # gone before the slots come
-            for group, values in zip(self.groups, before, strict=True):
-                group.update(values)  # some bases count their steps here
-        enter(params)
-
-    @contextmanager
-    def rehearsed(self, divisors: Sequence[float], enter: Callable[[list[Tensor]], None]) -> Iterator[None]:
-        """Inside, the state is as after a first step that moves nothing; afterwards it is gone again.
-
-        A base that cannot be stepped so (it needs a closure, or sparse gradients) has no state inside either.
-        """
-        params, state = self.params(), self.optimizer.state
+        params, state = [p for p in self.params() if p.requires_grad], self.optimizer.state
         groups, grads, kept = [dict(group) for group in self.groups], [p.grad for p in params], dict(state)
+        copies, entering = [p.detach().clone() for p in params], params
         try:
             for p in params:
-                p.grad = torch.zeros_like(p) if p.requires_grad else None
+                p.grad = torch.zeros_like(p)
             for group in self.groups:
                 if "lr" in group:
                     group["lr"] = group["lr"] * 0
-            with suppress(Exception):
-                self.create_state(divisors, enter)
-                for value in [value for p in params for value in state.get(p, {}).values()]:
-                    if isinstance(value, Tensor) and value.is_floating_point():  # 0/0, where a float16 eps is 0
-                        local(value).nan_to_num_(0.0)
-            _replace(self.groups, groups)
-            yield
-        finally:
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
-            _replace(self.groups, groups)
+            self.step(None, divisors)
+        except Exception:
             state.clear()
             state.update(kept)
+            entering = []
+        finally:
+            for p, grad in zip(reversed(params), reversed(grads), strict=True):
+                p.detach().copy_(copies.pop())  # gone before the slots come
+                p.grad = grad
+            for group, before in zip(self.groups, groups, strict=True):  # some bases count their steps here
+                group.clear()
+                group.update(before)
+        enter(entering)
+        for t in [value for p in entering for value in state.get(p, {}).values()]:
+            if isinstance(t, Tensor) and t.is_floating_point():  # 0/0, where a float16 eps is 0
+                local(t).nan_to_num_(0.0)
 
     # ------------------------------------------------------------------ in the middle of a step
 
     def refuse_in_a_step(self) -> None:
-        """Raise where the caller would see parameters and lr that are not those of a step's end."""
+        """Raise where the caller would see the temporary parameters and lr."""
         if self.stepping:
             raise RuntimeError(
-                "this cannot be called in the middle of a step, from a hook on the optimizer inside, a closure or "
-                "another thread: parameters and lr are changed there. Call it after step(), or from a hook on the "
-                "Mechanic"
+                "this cannot be called during step() (from a hook on the base optimizer, a closure or another thread): "
+                "parameters and lr are temporarily changed. Call it after step(), or from a hook on the Mechanic"
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hooks": []}  # a copy of an optimizer comes without its hooks
-
-
-def _replace(groups: list[dict[str, Any]], values: list[dict[str, Any]]) -> None:
-    for group, before in zip(groups, values, strict=True):
-        group.clear()
-        group.update(before)
+        return {**vars(self), "_hooks": []}  # torch copies an optimizer without its hooks
 
 
 def _values(grad: Tensor) -> Tensor:
@@ -263,8 +240,8 @@ def evaluate(closure: Closure | None, params: Callable[[], list[Tensor]]) -> tup
     """Call the closure.
 
     Returns:
-        the loss, and a closure for the base. The first call of that one returns the loss without computing it again:
-        unless the base has moved the parameters before, or let go of their gradients (as sharpness-aware ones do).
+        the loss, and a closure for the base. Its first call returns this loss without computing it again, unless the
+        base has first moved the parameters or dropped their gradients (as sharpness-aware ones do).
     """
     if closure is None:
         return None, None
@@ -279,7 +256,7 @@ def evaluate(closure: Closure | None, params: Callable[[], list[Tensor]]) -> tup
 
 
 class _Waiting:
-    """The signals that came in the middle of a step."""
+    """Hold back the signals that arrive during a step."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
@@ -292,7 +269,7 @@ class _Waiting:
                 self.handlers[number] = handler
                 try:
                     signal.signal(number, self._note)
-                except ValueError:  # this is not the main thread, where signals arrive
+                except ValueError:  # not the main thread; only that one gets signals
                     self.handlers.clear()
                     return
 
@@ -304,14 +281,14 @@ class _Waiting:
             self.came.append((number, frame))
 
     def end(self) -> None:
-        """The handlers of before. To call it twice does no harm."""
+        """Put the handlers back. A second call does nothing."""
         for number, handler in self.handlers.items():
-            if signal.getsignal(number) == self._note:  # else something inside has put another there
+            if signal.getsignal(number) == self._note:  # else the step itself has set another
                 signal.signal(number, handler)
 
 
 def uninterrupted(work: Callable[[], None]) -> None:
-    """Call `work`. Signals that Python handles wait for its end; a second Ctrl-C does not."""
+    """Call `work`. Signals that Python handles wait until it returns; a second Ctrl-C does not."""
     waiting = _Waiting()
     try:
         waiting.begin()
@@ -327,7 +304,7 @@ def uninterrupted(work: Callable[[], None]) -> None:
 
 
 def check_base(base: object) -> None:
-    """That `base` can be wrapped."""
+    """Check that `base` can be wrapped."""
     if isinstance(base, type):
         raise TypeError(
             f"Mechanic wraps an optimizer that is built already, not the class {base.__name__}: "
@@ -345,9 +322,9 @@ def check_base(base: object) -> None:
 
 
 def check_params(params: Sequence[Tensor]) -> None:
-    """That no parameter is given twice."""
+    """Check that no parameter is given twice."""
     if len({id(p) for p in params}) < len(params):
         raise ValueError(
-            "a param group has a parameter twice, which would be stepped twice: give each once, as parameters() of "
-            "the whole model does, with tied weights too"
+            "a param group has a parameter twice, and the base would step it twice: give each once. parameters() of "
+            "the whole model does so, with tied weights too"
         )
