@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat
 from resuming import same
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim import lr_scheduler as schedulers
+from training import Problem, flat
 
 from manic import Mechanic, algorithm
 from manic import run as running

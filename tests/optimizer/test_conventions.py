@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resuming import same
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from training import Problem, flat
 
 from manic import Mechanic
 
