@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import training
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import Rprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from training import Problem, flat, gap
 
@@ -171,6 +172,14 @@ def test_closures_and_tensor_lrs(lr: Any, problem: Problem) -> None:
         assert mechanic.param_groups[0]["lr"] is lr
         ends.append(flat(parameters).detach())
     assert torch.equal(*ends)
+
+
+def test_a_frozen_base_whose_updates_do_not_go_by_its_lr_is_told(problem: Problem) -> None:
+    parameters = problem.parameters()
+    m = Mechanic(Rprop(parameters, lr=0.01))
+    problem.train(parameters, m, 10)
+    with pytest.warns(UserWarning, match="Rprop is not proportional to its lr, which now carries the frozen scale"):
+        m.freeze()
 
 
 # ---------------------------------------------------------------------- checkpoints

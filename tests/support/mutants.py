@@ -27,11 +27,36 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "sweeps": (
         ["sweeps/eager", "sweeps/passes", "sweeps/base", "parameters"],
-        ["algorithm", "properties", "usage", "conventions", "kernels", "unwrap", "found", "edits", "whole_steps"],
+        [
+            "algorithm",
+            "properties",
+            "usage",
+            "conventions",
+            "kernels",
+            "unwrap",
+            "places",
+            "bases",
+            "interrupted",
+            "errors",
+            "edits",
+            "whole_steps",
+        ],
     ),
     "checkpoint": (
         ["checkpoint/loading", "checkpoint/validation", "checkpoint/record", "checkpoint/format1", "schedules", "run"],
-        ["validation", "resume", "stateful", "hostile", "unwrap", "freeze", "errors", "found", "format1"],
+        [
+            "validation",
+            "resume",
+            "stateful",
+            "hostile",
+            "unwrap",
+            "freeze",
+            "errors",
+            "loading",
+            "bases",
+            "interrupted",
+            "format1",
+        ],
     ),
 }
 # Slow ones, with processes, compilers or Triton's interpreter; and what wants threads, or no frames of mutmut's.

@@ -58,6 +58,13 @@ def cosine(steps: int) -> Callable[[int], float]:
     return lambda t: 0.5 * (1 + math.cos(math.pi * t / steps))
 
 
+def pulled(p: nn.Parameter, m: Any, steps: int = 1, target: float = 3.0) -> None:
+    """Steps towards a target."""
+    for _ in range(steps):
+        p.grad = p.detach() - target
+        m.step()
+
+
 class Wrapped(torch.optim.Optimizer):
     """As a framework wraps an optimizer."""
 
