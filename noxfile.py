@@ -50,9 +50,16 @@ def tests(session: nox.Session) -> None:
 def soak(session: nox.Session) -> None:
     """Tests that try to break it, whole: 200 kills, all broken checkpoints, 2,000 random programs, 10,000,000 steps."""
     install(session, ".", *TESTS, "ninja")
-    names = ("killed", "hostile", "programs", "extremes", "leaks", "whole_steps")
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in names]
-    pytest(session, "-n", "2", "--every", "--junitxml", "soak.xml", *files, *session.posargs)
+    files = (
+        "checkpoint/test_killed.py",
+        "checkpoint/test_hostile.py",
+        "system/test_programs.py",
+        "algorithm/test_extremes.py",
+        "system/test_leaks.py",
+        "optimizer/test_whole_steps.py",
+    )
+    paths = [str(ROOT / "tests" / file) for file in files]
+    pytest(session, "-n", "2", "--every", "--junitxml", "soak.xml", *paths, *session.posargs)
 
 
 @nox.session
@@ -60,7 +67,8 @@ def mutants(session: nox.Session) -> None:
     """Mutation testing of the scalar half, the sweeps and the checkpoint. It takes hours, and goes on where it was
     killed; `nox -s mutants -- tuner` takes one file."""
     install(session, "torch", *TESTS, "numpy", "ninja", "mutmut==3.8.1")
-    session.run("python", str(ROOT / "tests" / "mutants.py"), str(ROOT / "out" / "mutants"), *session.posargs)
+    script = ROOT / "tests" / "support" / "mutants.py"
+    session.run("python", str(script), str(ROOT / "out" / "mutants"), *session.posargs)
 
 
 @nox.session
@@ -82,7 +90,7 @@ def types(session: nox.Session) -> None:
 def agreement(session: nox.Session) -> None:
     """Live against the authors' packages, mechanic-pytorch and optax."""
     install(session, ".", "pytest", "hypothesis", "mechanic-pytorch", "optax")
-    pytest(session, "-m", "agreement", str(ROOT / "tests" / "test_agreement.py"), *session.posargs)
+    pytest(session, "-m", "agreement", str(ROOT / "tests" / "algorithm" / "test_agreement.py"), *session.posargs)
 
 
 @nox.session

@@ -8,9 +8,12 @@ import pytest
 import torch
 from resuming import same
 from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from training import pulled
 
 from manic import Mechanic, mechanize
+from manic import run as running
 
 
 def sgd(**options: Any) -> torch.optim.SGD:
@@ -122,3 +125,46 @@ def test_a_bad_group_is_refused_by_torch_and_leaves_nothing() -> None:
 def test_mechanize_takes_an_optimizer_class(wrong: Any) -> None:
     with pytest.raises(TypeError, match="takes an optimizer class"):
         mechanize(wrong)
+
+
+def test_a_parameter_twice_in_a_group_is_refused() -> None:
+    p = nn.Parameter(torch.ones(4))
+    with pytest.warns(UserWarning, match="duplicate"):
+        base = SGD([p, p], lr=0.1)
+    with pytest.raises(ValueError, match="a param group has a parameter twice"):
+        Mechanic(base)
+    m = Mechanic(SGD([nn.Parameter(torch.ones(4))], lr=0.1))
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="has a parameter twice"):
+        m.add_param_group({"params": [p, p]})
+    assert len(m.param_groups) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(compiled: bool) -> None:
+    p = nn.Parameter(torch.ones(5))
+    m = Mechanic(SGD([p], lr=0.1, momentum=0.9))
+    if compiled:
+        m.compile()
+    pulled(p, m, 5)
+    p.grad, p.data = None, torch.cat([p.data, torch.ones(2)])
+    with pytest.raises(
+        ValueError, match=r"param group 0 has become \(7,\), its slot is \(5,\).*state.pop\(parameter\)$"
+    ):
+        pulled(p, m)
+    m.state.pop(p)
+    before = (p.detach() - 3).norm()
+    pulled(p, m, 20)
+    assert (p.detach() - 3).norm() < before
+
+
+def test_a_constructor_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(2))
+    base = SGD([p], lr=0.1)
+    before = dict(base.param_groups[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "watch", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Mechanic(base)
+    assert base.param_groups[0].keys() == before.keys()
+    assert not base._optimizer_step_pre_hooks
+    pulled(p, Mechanic(base), 3)  # of whose steps nobody is warned

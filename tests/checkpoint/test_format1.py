@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import flat
 from format1 import CASES, FOLDER, Case, Run
 from resuming import same
 from torch import Tensor
+from training import flat
 
 
 class Bound(NamedTuple):

@@ -5,6 +5,7 @@ python resuming.py OPTIMIZER CHECKPOINTS RESULTS
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import pulled
 
 from manic import Mechanic
 
@@ -31,6 +33,20 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+Pair = tuple[nn.Parameter, Mechanic]
+
+
+def resumed(one: Pair, other: Pair, steps: int, state: Any = None) -> None:
+    """The other loads what one has saved (or `state`), and both take the same steps."""
+    (p, m), (q, twin) = one, other
+    twin.load_state_dict(copy.deepcopy(m.state_dict() if state is None else state))
+    q.data.copy_(p)
+    for run in (one, other):
+        pulled(*run, steps)
+    assert torch.equal(p, q)
+    assert same(m.state_dict(), twin.state_dict())
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -43,6 +44,13 @@ BASES: dict[str, Any] = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-3),
 }
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment, for processes that are to meet there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
 
 
 class Net(nn.Module):

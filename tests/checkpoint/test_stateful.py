@@ -1,6 +1,6 @@
 """A Mechanic as a Stateful: dcp.save({"mechanic": mechanic}), dcp.load into one that has never stepped.
 
-One process; tests/test_distributed.py has the new processes, and the sharded parameters.
+One process; tests/system/test_distributed.py has the new processes, and the sharded parameters.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Problem, flat
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import lr_scheduler
+from training import Problem, flat
 
 from manic import Mechanic
 

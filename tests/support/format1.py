@@ -3,7 +3,7 @@
 Today's Mechanic must load these files, so nobody writes them anew with today's code. Run this script with the last
 version that wrote format 1, commit d48c991:
 
-    python tests/format1.py OUT_DIR
+    python tests/support/format1.py OUT_DIR
 
 It also resumes every file, and fails unless that run ends where the uninterrupted one ended, to the bit.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from manic import Mechanic
 
-FOLDER = Path(__file__).parent / "data" / "format1"
+FOLDER = Path(__file__).parents[1] / "data" / "format1"
 LATER = 10  # steps from the checkpoint to "later"
 SHAPES = ((3, 4), (4,))
 

@@ -3,7 +3,7 @@
 mutmut changes one thing at a time in a copy of the package, and some test must notice. What no test notices is printed
 and fails, unless it is explained below; so does an explanation of nothing.
 
-    python tests/mutants.py out/mutants [tuner ...]
+    python tests/support/mutants.py out/mutants [tuner ...]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # What is changed together, and the tests that are to notice. Each has a folder of its own.
 PLAN: dict[str, tuple[list[str], list[str]]] = {
@@ -27,11 +27,36 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "sweeps": (
         ["sweeps/eager", "sweeps/passes", "sweeps/base", "parameters"],
-        ["algorithm", "properties", "usage", "conventions", "kernels", "unwrap", "found", "edits", "whole_steps"],
+        [
+            "algorithm",
+            "properties",
+            "usage",
+            "conventions",
+            "kernels",
+            "unwrap",
+            "places",
+            "bases",
+            "interrupted",
+            "errors",
+            "edits",
+            "whole_steps",
+        ],
     ),
     "checkpoint": (
         ["checkpoint/loading", "checkpoint/validation", "checkpoint/record", "checkpoint/format1", "schedules", "run"],
-        ["fit", "resume", "stateful", "hostile", "unwrap", "freeze", "errors", "found", "format1"],
+        [
+            "validation",
+            "resume",
+            "stateful",
+            "hostile",
+            "unwrap",
+            "freeze",
+            "errors",
+            "loading",
+            "bases",
+            "interrupted",
+            "format1",
+        ],
     ),
 }
 # Slow ones, with processes, compilers or Triton's interpreter; and what wants threads, or no frames of mutmut's.
@@ -51,6 +76,12 @@ EXPLAINED: dict[str, str] = {}
 NOTICED = (1, 3, -6, -11)  # pytest's exit code: a test failed; pytest itself failed; crashes. (-9: somebody killed it.)
 
 
+def files_of(tests: list[str]) -> list[Path]:
+    """Where these tests are, in whichever folder."""
+    places = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    return [places[f"test_{name}"] for name in tests]
+
+
 def prepare(place: Path, files: list[str], tests: list[str]) -> None:
     """A copy to work on."""
     for name in ("src", "tests", "docs"):
@@ -66,7 +97,7 @@ def prepare(place: Path, files: list[str], tests: list[str]) -> None:
         "only_mutate": [f"src/manic/{name}.py" for name in files],
         "also_copy": ["docs", "README.md"],
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", alone, "-k", f"not ({WITHOUT})"],
-        "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in tests],
+        "pytest_add_cli_args_test_selection": [str(path.relative_to(ROOT)) for path in files_of(tests)],
         "timeout_multiplier": 1.5,
         "timeout_constant": 60.0,
     }
@@ -78,8 +109,8 @@ def fingerprint(files: list[str], tests: list[str]) -> str:
     """Of all that decides what is noticed: the package, the tests and what they import, what is said above."""
     found = hashlib.sha256(repr((files, tests, WITHOUT, FIRST)).encode())
     sources = [path for path in (ROOT / "src" / "manic").rglob("*") if path.is_file()]
-    helpers = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith(("test_", "mutants"))]
-    for path in sorted([*sources, *helpers, *(ROOT / "tests" / f"test_{name}.py" for name in tests)]):
+    helpers = [path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith(("test_", "mutants"))]
+    for path in sorted([*sources, *helpers, *files_of(tests)]):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 

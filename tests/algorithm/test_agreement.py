@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat, gap
+from training import Problem, flat, gap
 
 from manic import Mechanic
 

@@ -16,8 +16,8 @@ from typing import Any
 import frameworks
 import pytest
 import torch
-from conftest import free_port
-from test_readme import snippets
+from pages import ROOT, snippets
+from ranks import free_port
 
 from manic import Mechanic, callbacks
 
@@ -106,7 +106,7 @@ def test_the_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
         "steps": steps,
         "path": str(tmp_path / "runs"),
     }
-    page = Path(__file__).parents[1] / "docs" / "frameworks.md"
+    page = ROOT / "docs" / "frameworks.md"
     trained = []
     for snippet in snippets(page):
         exec(compile(snippet, str(page), "exec"), namespace)

@@ -8,10 +8,10 @@ from typing import Any
 
 import oracle
 import torch
-from conftest import flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from training import flat
 
 from manic import Mechanic
 from manic.algorithm import tune

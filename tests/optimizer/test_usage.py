@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, Wrapped, flat, gap
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
+from training import Problem, Wrapped, flat, gap
 
 from manic import Mechanic, is_mechanized, mechanize
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from resuming import same
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from training import Problem, flat, pulled
 
 from manic import Mechanic
 
@@ -160,6 +160,32 @@ def test_a_pre_hook_may_replace_the_closure(problem: Problem) -> None:
     assert parameters[0].grad is not None
 
 
+def test_a_step_hook_may_replace_gradients(problem: Problem) -> None:
+    """With a closure, which was called again then, and undid it."""
+    parameters = problem.parameters()
+    base = SGD(parameters, lr=0.1)
+    m = Mechanic(base)
+    calls = []
+
+    def clip(*_: Any) -> None:
+        for p in parameters:
+            assert p.grad is not None
+            p.grad = p.grad.clamp(-1e-3, 1e-3)
+
+    def closure() -> Any:
+        calls.append(0)
+        m.zero_grad()
+        loss = problem.loss(parameters, 0)
+        loss.backward()
+        return loss
+
+    base.register_step_pre_hook(clip)
+    for _ in range(5):
+        m.step(closure)
+    assert len(calls) == 5
+    assert all(p.grad is not None and p.grad.abs().max() <= 1e-3 for p in parameters)
+
+
 # ---------------------------------------------------------------------- param groups
 
 
@@ -197,6 +223,22 @@ def test_the_lr_and_weight_decay_of_a_group_are_its_own(problem: Problem) -> Non
         assert torch.equal(parameters[0], start)
         ends.append(parameters[1].detach().norm())
     assert ends[1] < 0.9 * ends[0]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_group_that_is_taken_out(frozen: bool) -> None:
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    base = Adam([{"params": [p]}, {"params": [q]}], lr=0.1)
+    m = Mechanic(base)
+    for t in range(8):
+        if t == 4:
+            del base.param_groups[1]
+            if frozen:
+                m.freeze()
+        q.grad = q.detach() - 3
+        pulled(p, m)
+    assert base.param_groups[0]["lr"] == 0.1
+    assert m.effective_lr()[0] > 0
 
 
 # ---------------------------------------------------------------------- kinds of tensors, kinds of steps
@@ -320,3 +362,13 @@ def test_a_deep_copy_has_all_public_attributes() -> None:
     assert twin.mine == mechanic.mine  # type: ignore[attr-defined]
     assert twin.mine is not mechanic.mine  # type: ignore[attr-defined]
     assert same(twin.state_dict(), mechanic.state_dict())
+
+
+def test_bfloat16_beside_float16() -> None:
+    parameters = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.bfloat16, torch.float16)]
+    m = Mechanic(SGD(parameters, lr=1e-2))
+    for _ in range(5):
+        for p in parameters:
+            p.grad = p.detach() - 3
+        m.step()
+    assert all(p.isfinite().all() for p in parameters)

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, cosine, flat, gap
-from test_algorithm import BASES, run_both
+from comparing import BASES, run_both
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from training import Problem, cosine, flat, gap
 
 from manic import Mechanic, algorithm, mechanic, run
 from manic.parameters import REST, RESTS, ParamState, join, split, wide

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat
 from torch import nn
 from torch.optim import SGD, AdamW, Rprop
 from torch.optim.lr_scheduler import LambdaLR, StepLR
+from training import Problem, flat
 
 from manic import Mechanic, callbacks
 from manic.diagnostics import ENOUGH, IDLE

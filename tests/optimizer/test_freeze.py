@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Problem, flat, gap
+import training
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim import Rprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from training import Problem, flat, gap
 
 from manic import Mechanic
 
@@ -172,13 +174,21 @@ def test_closures_and_tensor_lrs(lr: Any, problem: Problem) -> None:
     assert torch.equal(*ends)
 
 
+def test_a_frozen_base_whose_updates_do_not_go_by_its_lr_is_told(problem: Problem) -> None:
+    parameters = problem.parameters()
+    m = Mechanic(Rprop(parameters, lr=0.01))
+    problem.train(parameters, m, 10)
+    with pytest.warns(UserWarning, match="Rprop is not proportional to its lr, which now carries the frozen scale"):
+        m.freeze()
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 
 RESUME = """
 import sys, torch
 sys.path[:0] = {paths!r}
-from conftest import Problem, flat
+from training import Problem, flat
 from test_freeze import Run, STEPS
 problem, values, state = torch.load(sys.argv[1], weights_only=True)
 run = Run(Problem(**problem), sys.argv[2])
@@ -202,7 +212,7 @@ def test_a_new_process_goes_on_frozen_bit_for_bit(base: str, script: str, proble
     path = tmp_path / "checkpoint.pt"
     torch.save([vars(problem), run.parameters, run.mechanic.state_dict()], path)
     run.train(STEPS, 2 * STEPS)
-    code = RESUME.format(paths=[str(Path(__file__).parent)])
+    code = RESUME.format(paths=[str(Path(file).parent) for file in (__file__, training.__file__)])
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(path), base, script], check=True)
     end, scale, state = torch.load(path, weights_only=True)
     assert torch.equal(end, flat(run.parameters))

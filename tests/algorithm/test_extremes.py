@@ -10,9 +10,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from conftest import Problem, flat
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from training import Problem, flat
 
 from manic import Mechanic
 from manic.algorithm import tune

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, flat
 from resuming import same
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
+from training import Problem, flat
 
 from manic import Mechanic
 

@@ -29,7 +29,7 @@ from manic import Mechanic
 STEPS, EVERY = 400, 4
 LONGEST = 0.3  # seconds that a life may last at most
 SAVING = 0.006  # seconds that a save takes, from the first byte to the rename
-RECIPE = Path(__file__).parent.parent / "docs" / "checkpoints.md"
+RECIPE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 
 
 def recipe() -> dict[str, Any]:

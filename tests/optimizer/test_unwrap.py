@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem, Wrapped, flat, gap
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
+from training import Problem, Wrapped, flat, gap
 
 from manic import Mechanic
 from manic.schedules import fold

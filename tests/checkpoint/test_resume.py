@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import resuming
 import torch
-from conftest import Problem, flat
 from resuming import SAVED_AT, STEPS, Case, Run, cases, optimizers, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from training import Problem, flat
 
 from manic import Mechanic, diagnostics
 from manic.parameters import SLOT

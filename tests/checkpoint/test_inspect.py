@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import format1
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import Problem
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from training import Problem
 
 from manic import Mechanic, __version__
 from manic.__main__ import main
@@ -106,7 +107,7 @@ def test_one_slot_and_the_rest(variant: Any, dtype: torch.dtype, rest: int, tmp_
 
 
 def test_a_checkpoint_of_format_1(capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).parent / "data" / "format1" / "scale_free.pt"
+    path = format1.FOLDER / "scale_free.pt"
     assert main(["inspect", "--json", str(path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     saved = torch.load(path, weights_only=True)["mechanic"]["param_groups"][0]
