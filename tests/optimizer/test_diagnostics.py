@@ -162,7 +162,7 @@ def test_a_scale_that_stays_at_its_start_is_told() -> None:
     mechanic = Mechanic(SGD([p], lr=0.1))
 
     def step(t: int) -> None:  # a loss that rises along what was done so far, wherever that leads
-        d = p.detach() - mechanic.state[p]["mechanic_ref"] if t else torch.ones(3)
+        d = p.detach() - mechanic.state[p]["mechanic_ref"] if t > 1 else torch.ones(3)
         p.grad = d / d.norm()
         mechanic.step()
 

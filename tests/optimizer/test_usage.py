@@ -873,7 +873,7 @@ def test_a_scheduler_inside_and_one_outside_are_told_once(around: Any, tensor: b
     outside = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
     problem.train(parameters, optimizer, 5)  # filterwarnings = error: of the inner one nothing is said
     outside.step()
-    with pytest.warns(UserWarning, match="something else has set the lr, though StepLR is inside"):
+    with pytest.warns(UserWarning, match="something else has set the lr, which the StepLR that you passed in"):
         optimizer.step()
     outside.step()
     optimizer.step()
