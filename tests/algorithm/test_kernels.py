@@ -437,6 +437,21 @@ def test_a_move_that_is_interrupted_is_completed_by_the_next(
     assert n == 3 + 1 + 2 + 1 + 1  # by dtype; elsewhere; two pieces; end to end; sparse
 
 
+def test_a_table_of_which_the_making_was_interrupted_is_made_anew(below: tuple[Kernels, torch.device]) -> None:
+    """The next step took that of before, which may show memory that is not there any more."""
+    k, device = below
+    one = a_state(torch.randn(3000), torch.float32, device)
+    table = k([one], True)
+    table.measure()
+    one.grad = one.grad * 2
+    made = table._offsets
+    table._offsets = None
+    with pytest.raises(AttributeError):
+        table.measure()
+    table._offsets = made
+    assert torch.equal(table.measure(), k([one], True).measure())
+
+
 @pytest.mark.parametrize("base", ["momentum", "adamw"])
 def test_a_run_is_the_oracles(below: tuple[Kernels, torch.device], problem: Problem, base: str) -> None:
     with using(below[0]):

@@ -56,10 +56,11 @@ class Table(Group, ABC):
         start, width = self._aside.data_ptr(), self._aside.element_size()
         addresses.insert(3, [start + width * place for place in self._places])
         if addresses != self._addresses:
-            self._addresses = addresses
+            self._addresses = []  # until the table is whole: an interrupt may come in between
             self.aligned = not any(address % 16 for column in addresses for address in column)
             self.rows = self._offsets.clone()
             self.rows[:, 1 : 1 + len(addresses)] += torch.tensor(addresses, device=self.rows.device).T[self._owner]
+            self._addresses = addresses
 
     @abstractmethod
     def measure(self) -> Tensor:
