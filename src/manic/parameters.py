@@ -40,7 +40,6 @@ class ParamState:
     layout: Layout = None  # where the elements of param, grad, slot and rest are
     entering: bool = False  # the slot was made in this step: d is 0
     member: float = 0.0  # a whole number below 2**32 that stands for this parameter's place among the groups
-    copy: Tensor | None = None  # this process's part of param as it was at x_t; its content lasts for the step only
 
 
 def layout_of(p: Any) -> Layout:

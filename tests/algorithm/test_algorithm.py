@@ -277,9 +277,9 @@ def sums_of(*states: ParamState, difference: bool = True, scales: int = 1) -> to
 
 def test_what_counts_of_an_update() -> None:
     given = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -2.0])
-    one = a_state(5, copy=torch.zeros(5), param=nn.Parameter(given))
-    (piece,) = eager.pieces([one])
-    assert eager.update(piece).tolist() == pytest.approx([0, 0, 0, 1e38, -2])
+    one = a_state(5, param=nn.Parameter(given.clone()))
+    eager.Group([one], True, torch.zeros(5)).move(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    assert one.param.tolist() == pytest.approx([0, 0, 0, 1e38, -2])
 
 
 def test_small_tensors_are_taken_together() -> None:
@@ -487,7 +487,7 @@ def test_tensors_that_lie_in_different_orders_are_cut_alike_along_the_longest_di
 ) -> None:
     x = torch.zeros(shape)
     other = torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1])
-    pieces = list(eager.pieces([a_state(1, param=nn.Parameter(x), grad=None, slot=other, copy=x)]))
+    pieces = list(eager.Group([a_state(1, param=nn.Parameter(x), grad=None, slot=other)], True, x).pieces())
     assert len(pieces) == x.numel() // eager.PIECE
     assert {one.param.shape for one in pieces} == {piece}
     for one in pieces:
@@ -499,7 +499,7 @@ def test_tensors_that_lie_in_different_orders_are_cut_alike_along_the_longest_di
 
 def test_pieces_of_what_is_small_or_not_dense() -> None:
     def sizes(t: torch.Tensor) -> list[torch.Size]:
-        return [piece.param.shape for piece in eager.pieces([a_state(1, param=t, grad=t, slot=t, copy=t)])]
+        return [piece.param.shape for piece in eager.Group([a_state(1, param=t, grad=t, slot=t)], True, t).pieces()]
 
     assert sizes(torch.zeros(0, 3)) == []
     assert sizes(torch.zeros(())) == [(1,)]

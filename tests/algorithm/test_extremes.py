@@ -17,8 +17,8 @@ from training import Problem, flat
 from manic import Mechanic
 from manic.algorithm import tune
 from manic.parameters import ParamState
-from manic.sweeps.base import Memory
-from manic.sweeps.eager import PIECE, pieces
+from manic.sweeps.eager import PIECE, Group
+from manic.sweeps.native import Native
 from manic.tuner import DEFAULT_BETAS, Options, Sums, TunerState
 
 TARGET = torch.linspace(-1, 2, 5)
@@ -161,19 +161,20 @@ def test_pieces_of_a_tensor_of_2_31_elements(device: str) -> None:
     """They are views: of a tensor without memory, and of one element that is shown as many."""
     t = torch.empty(MANY, device="meta") if device == "meta" else torch.zeros(1).expand(MANY)
     begin = 0
-    for piece in pieces([ParamState(t, None, 1.0, 0, t, copy=t)]):
-        for part in (piece.param, piece.slot, piece.copy):
+    for piece in Group([ParamState(t, None, 1.0, 0, t)], True, t).pieces():
+        for part in (piece.param, piece.slot, piece.before):
             assert part.storage_offset() == (begin if device == "meta" else 0)
             assert 0 < part.numel() <= PIECE
         begin += piece.param.numel()
     assert begin == MANY
 
 
-def test_the_table_of_the_kernels_for_2_31_elements() -> None:
+def test_the_table_of_the_kernels_for_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Native, "piece", 1024)
     p = torch.empty(MANY, device="meta", dtype=torch.bfloat16)
     rest = torch.empty(MANY, device="meta", dtype=torch.int16)
-    memory = Memory([ParamState(p, p, 1.0, 0, torch.empty(MANY, device="meta"), rest)], 1024)
-    count, *columns = memory._offsets.T
+    table = Native([ParamState(p, p, 1.0, 0, torch.empty(MANY, device="meta"), rest)], True)
+    count, *columns = table._offsets.T
     assert count.sum() == MANY
     begin = count.cumsum(0) - count
     for offsets, size in zip(columns, (2, 2, 4, 2, 2), strict=True):  # x, g, slot, x_t, rest

@@ -77,8 +77,8 @@ def test_natively_a_base_may_put_x_elsewhere(base: str, monkeypatch: pytest.Monk
                     p.data = u.mul(-group["lr"]).add(p.data)
 
     moves: list[Any] = []
-    real = Native.move
-    monkeypatch.setattr(Native, "move", lambda *arguments: moves.append(real(*arguments)))
+    real = Native.sweep
+    monkeypatch.setattr(Native, "sweep", lambda *arguments: moves.append(real(*arguments)))
     ends = []
     for compiled in (False, True):
         torch.manual_seed(0)

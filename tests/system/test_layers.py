@@ -17,7 +17,7 @@ ROOT = Path(manic.__file__).parent
 ROWS = [
     ["tuner", "parameters"],
     ["collectives", "scale_free", "diagnostics", "schedules"],
-    ["sweeps.base", "sweeps.eager", "sweeps.native", "sweeps.triton_kernels", "sweeps.kernels", "sweeps.passes"],
+    ["sweeps.eager", "sweeps.base", "sweeps.native", "sweeps.triton_kernels", "sweeps.kernels", "sweeps.passes"],
     ["checkpoint.record", "checkpoint.format1", "checkpoint.validation", "checkpoint.loading"],
     ["wrapper", "algorithm", "run", "mechanic"],
     ["callbacks", "checkpoint.inspection", "__main__"],

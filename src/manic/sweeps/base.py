@@ -1,8 +1,4 @@
-"""What eager pieces, C++ and Triton have in common: what a sweep takes and gives.
-
-A sweep knows no law and no variant. With y the slot, d = x - y (x_ref is kept) or d = y (Δ is kept), and a move is
-x += a·d + s·u and y += e·d + f·u.
-"""
+"""What C++ and Triton have in common: what their sweeps take and give."""
 
 from __future__ import annotations
 
@@ -13,107 +9,83 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from manic.parameters import ParamState, column, local
+from manic.parameters import ParamState, column
+from manic.sweeps.eager import Group
 
 ALIGNED = 32  # elements: where in a buffer a tensor may begin, so that wide loads are whole
-COLUMNS = 5  # of what measure() yields: <d,g>, <d,x>, ‖g‖², ‖x‖², ‖d‖²
 
 
-class Memory:
-    """What kernels keep about the parameters that they take together, all of one dtype: a table of their pieces, and
-    x_t, which a step puts aside."""
-
-    def __init__(self, states: Sequence[ParamState], piece: int) -> None:
-        tensors, host = column(states, "slot"), torch.device("cpu")  # whatever the default device is
-        first = states[0]
-        numel = torch.tensor([t.numel() for t in tensors], device=host)
-        pieces = (numel + piece - 1) // piece
-        self._owner = torch.repeat_interleave(pieces)  # whose piece
-        begin = piece * (torch.arange(len(self._owner), device=host) - (pieces.cumsum(0) - pieces)[self._owner])
-        count = (numel[self._owner] - begin).clamp_max(piece)
-        x, rest = first.param.element_size(), 0 if first.rest is None else first.rest.element_size()
-        widths = torch.tensor([x, x, first.slot.element_size(), x, rest], device=host)  # as `_look()` has them
-        self._offsets = torch.cat([count[:, None], begin[:, None] * widths], 1)
-        room = (numel + ALIGNED - 1) // ALIGNED * ALIGNED
-        self._places: list[int] = (room.cumsum(0) - room).tolist()  # of each tensor in `_aside`, in elements
-        self._numel, self._dtype, self.device = int(room.sum()), first.param.dtype, tensors[0].device
-        self._aside: Tensor | None = None
-        self.pieces = len(self._owner)
-        self.update_sq = torch.zeros(self.pieces, dtype=torch.float64, device=self.device)
-        self.moved = ctypes.c_int64(0)  # 1: move() has done its work. The C++ sweep sets it itself
-        self._addresses: list[list[int]] = []
-        self.rows = self._offsets  # the table of the last look
-        self.aligned = False  # whether every address is a multiple of 16
-        # The table on a device: itself, which one it is, whether a CUDA graph uploads it, and from where.
-        self.on_device: Tensor | None = None
-        self.uploaded: Tensor | None = None
-        self.captured = False
-        self.spare: list[Tensor] = []
-        self.kept: list[Tensor] = []
-
-    def _look(self, states: Sequence[ParamState]) -> list[list[int]]:
-        if self._aside is None:
-            self._aside = torch.empty(self._numel, dtype=self._dtype, device=self.device)
-        start, width = self._aside.data_ptr(), self._aside.element_size()
-        param, grad, slot = ([t.data_ptr() for t in column(states, name)] for name in ("param", "grad", "slot"))
-        rest = [0] * len(states) if states[0].rest is None else [t.data_ptr() for t in column(states, "rest")]
-        return [param, grad, slot, [start + width * place for place in self._places], rest]
-
-    def table(self, states: Sequence[ParamState]) -> Tensor:
-        """int64 [pieces, 6] on the CPU: how many elements, and where their x, g, slot, x_t and rest (0: none) begin."""
-        addresses = self._look(states)
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self.aligned = not any(address % 16 for column in addresses for address in column)
-            self.rows = self._offsets.clone()
-            self.rows[:, 1:] += torch.tensor(addresses, device=self.rows.device).T[self._owner]
-        return self.rows
-
-    def elsewhere(self, states: Sequence[ParamState]) -> bool:
-        """Whether some x lies in other memory than when the table was made: the base has replaced it."""
-        return [t.data_ptr() for t in column(states, "param")] != self._addresses[0]
-
-    def show(self, states: Sequence[ParamState]) -> None:
-        """Let the parameters' `copy` be x_t, as the kernels have put it aside."""
-        assert self._aside is not None
-        for state, slot, place in zip(states, column(states, "slot"), self._places, strict=True):
-            state.copy = self._aside.as_strided(slot.shape, slot.stride(), place)
-
-    def release(self) -> None:
-        """Hand x_t back to the allocator. On the CPU fresh pages cost as much as the pass, so there it stays."""
-        if self.device.type != "cpu":
-            self._aside = None
-
-
-class Kernels(ABC):
-    """Sweeps over parameters of one dtype, learned scale and device, at once."""
+class Table(Group, ABC):
+    """Parameters that one sweep takes at once: a table of their pieces, and one buffer for x_t of them all."""
 
     dtypes: frozenset[torch.dtype]  # of parameters
-    piece: int  # elements that one row of the tables, and of the sums, is about
+    piece: int  # elements that one row of the table, and of the sums, is about
+
+    def __init__(self, states: Sequence[ParamState], difference: bool) -> None:
+        super().__init__(states, difference)
+        tensors, host = column(states, "slot"), torch.device("cpu")  # whatever the default device is
+        self.device = tensors[0].device
+        numel = torch.tensor([t.numel() for t in tensors], device=host)
+        counts = (numel + self.piece - 1) // self.piece
+        self._owner = torch.repeat_interleave(counts)  # whose piece
+        self.length = len(self._owner)
+        begin = self.piece * (torch.arange(self.length, device=host) - (counts.cumsum(0) - counts)[self._owner])
+        count = (numel[self._owner] - begin).clamp_max(self.piece)
+        x, slot = self.first.param.element_size(), self.first.slot.element_size()
+        rest = 0 if self.first.rest is None else self.first.rest.element_size()
+        widths = torch.tensor([x, x, slot, x, rest], device=host)  # as `look()` has them
+        self._offsets = torch.cat([count[:, None], begin[:, None] * widths], 1)
+        room = (numel + ALIGNED - 1) // ALIGNED * ALIGNED
+        self._room = int(room.sum())
+        self._places: list[int] = (room.cumsum(0) - room).tolist()  # of each tensor in `_aside`, in elements
+        self._addresses: list[list[int]] = []
+        # int64 [length, 6] on the CPU: how many elements, and where their x, g, slot, x_t and rest (0: none) begin.
+        self.rows = self._offsets
+        self.aligned = False  # whether every address is a multiple of 16
+        self.update_sq = torch.zeros(self.length, dtype=torch.float64, device=self.device)
+        self.moved = ctypes.c_int64(0)  # 1: sweep() has done its work
+        self._instead: list[Group] = []  # what moves where x lies elsewhere
+
+    def look(self) -> None:
+        """Begin a step: make the table anew if anything lies elsewhere than in the last one."""
+        self.moved.value, self._instead = 0, []
+        if self._aside is None:
+            self._aside = torch.empty(self._room, dtype=self.first.param.dtype, device=self.device)
+        names = ["param", "grad", "slot", *([] if self.first.rest is None else ["rest"])]
+        addresses = [[t.data_ptr() for t in column(self.states, name)] for name in names]
+        start, width = self._aside.data_ptr(), self._aside.element_size()
+        addresses.insert(3, [start + width * place for place in self._places])
+        if addresses != self._addresses:
+            self._addresses = []  # until the table is whole: an interrupt may come in between
+            self.aligned = not any(address % 16 for column in addresses for address in column)
+            self.rows = self._offsets.clone()
+            self.rows[:, 1 : 1 + len(addresses)] += torch.tensor(addresses, device=self.rows.device).T[self._owner]
+            self._addresses = addresses
 
     @abstractmethod
-    def measure(self, states: Sequence[ParamState], difference: bool, memory: Memory) -> Tensor:
-        """The sums of every piece: float64 [pieces, COLUMNS]. Puts x_t aside. `difference`: d = x - y, else y."""
+    def measure(self) -> Tensor:
+        """As that of a Group: float64 [length, COLUMNS]."""
 
     @abstractmethod
-    def update_sq(self, states: Sequence[ParamState], memory: Memory) -> None:
-        """‖u‖² of every piece goes to ``memory.update_sq``, while the parameters hold x_t + u_t."""
+    def sweep(self, motion: Tensor) -> None:
+        """As ``move()``. ‖u‖² of every piece goes to ``update_sq``, and when all is done a 1 to ``moved``."""
 
-    @abstractmethod
-    def move(self, states: Sequence[ParamState], difference: bool, motion: Tensor, memory: Memory) -> None:
-        """Take x and y to where `motion`, [4], of the dtype and device of y, sends them.
+    def move(self, motion: Tensor) -> list[Tensor]:
+        """As that of a Group, which does it if the base has put x into other memory than the table says."""
+        if not self._instead and [t.data_ptr() for t in column(self.states, "param")] != self._addresses[0]:
+            pairs = zip(self.states, self._before(), strict=True)
+            self._instead = [Group([state], self.difference, before) for state, before in pairs]
+        if self._instead:
+            return [update_sq for group in self._instead for update_sq in group.move(motion)]
+        if not self.moved.value:
+            self.sweep(motion)
+        return [self.update_sq.sum()]
 
-        ‖u‖² of every piece goes to ``memory.update_sq``, and a 1 to ``memory.moved`` when all is done.
-        """
+    def release(self) -> None:
+        super().release()
+        self._instead = []
 
-    def discard(self, states: Sequence[ParamState], ok: Tensor, memory: Memory) -> None:
-        """The gradients become 0 unless `ok`, 0-d bool on their device."""
-        discard_eagerly(states, ok)
-
-
-def discard_eagerly(states: Sequence[ParamState], ok: Tensor) -> None:
-    """The same for gradients of any kind, each of which is read and written."""
-    for state in states:
-        assert state.grad is not None
-        values = state.grad._values() if state.grad.is_sparse else local(state.grad)
-        values.masked_fill_(~ok, 0)
+    def _before(self) -> list[Tensor]:
+        assert self._aside is not None
+        slots = zip(column(self.states, "slot"), self._places, strict=True)
+        return [self._aside.as_strided(slot.shape, slot.stride(), place) for slot, place in slots]

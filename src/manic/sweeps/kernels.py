@@ -8,11 +8,12 @@ from functools import lru_cache
 import torch
 
 from manic.parameters import ParamState
-from manic.sweeps.base import Kernels, Memory
+from manic.sweeps.base import Table
+from manic.sweeps.eager import Group
 from manic.sweeps.native import native
 
 
-def kernels_for(device: torch.device, *, compiled: bool) -> Kernels | None:
+def kernels_for(device: torch.device, *, compiled: bool) -> type[Table] | None:
     """What there is for tensors on `device`; None: the eager sweeps."""
     if device.type == "cuda":
         return triton(device)
@@ -20,39 +21,31 @@ def kernels_for(device: torch.device, *, compiled: bool) -> Kernels | None:
 
 
 @lru_cache
-def triton(device: torch.device) -> Kernels | None:
+def triton(device: torch.device) -> type[Table] | None:
     """The Triton sweeps; None, with a warning, where a small example does not come out right."""
     try:
         from manic.sweeps.triton_kernels import Triton
     except ImportError:
         return None
-    kernels = Triton()
     try:
-        fault = None if _works(kernels, device) else "they give wrong results"
+        if _works(Triton, device):
+            return Triton
+        fault = "they give wrong results"
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
-    if fault is None:
-        return kernels
     warnings.warn(f"the Triton sweeps do not run on {device}, the eager ones do instead ({fault})", stacklevel=2)
     return None
 
 
-def _works(kernels: Kernels, device: torch.device) -> bool:
-    """Whether one step of a small example is right. Waits for the device."""
-    x, delta, update = (torch.linspace(-1, n, 3000, device=device) for n in (1, 2, 3))
-    ref = x - delta
-    state = ParamState(x.clone(), x.clone(), 1.0, 0, ref.clone())
-    memory = Memory([state], kernels.piece)
-    motion = torch.tensor([-0.5, 0.5, 0.25, 0.75], device=device)
-    sums = kernels.measure([state], True, memory).sum(0)
-    kernels.discard([state], torch.ones((), dtype=torch.bool, device=device), memory)
-    state.param += update
-    kernels.move([state], True, motion, memory)
-    products = (delta, x), (delta, x), (x, x), (x, x), (delta, delta)
-    pairs = [
-        (sums, torch.stack([(a * b).double().sum() for a, b in products])),
-        (memory.update_sq.sum(), update.double().square().sum()),
-        (state.param, x - delta / 2 + update / 2),
-        (state.slot, ref + delta / 4 + 0.75 * update),
-    ]
-    return all(bool((a - b).abs().max() < 1e-5 * b.abs().max()) for a, b in pairs)
+def _works(kernels: type[Table], device: torch.device) -> bool:
+    """Whether one step of a small example comes out as the eager sweeps have it. Waits for the device."""
+    ends = []
+    for sweeps in (kernels, Group):
+        x, grad, slot, update = (torch.linspace(-1, n, 3000, device=device) for n in (1, 2, 3, 4))
+        group = sweeps([ParamState(x, grad, 1.0, 0, slot)], True)
+        sums = group.measure().double().sum(0)
+        group.discard(torch.ones((), dtype=torch.bool, device=device))
+        x += update
+        (update_sq,) = group.move(torch.tensor([-0.5, 0.5, 0.25, 0.75], device=device))
+        ends.append([sums, update_sq, x, grad, slot])
+    return all(bool((a - b).abs().max() < 1e-5 * b.abs().max()) for a, b in zip(*ends, strict=True))

@@ -27,21 +27,11 @@ inline float wide(bfloat16 v) {
 inline float wide(float v) { return v; }
 inline double wide(double v) { return v; }
 
-// What a parameter cannot hold of x: nothing, or the low bits of a float.
-struct None {};
-template <class X>
-struct RestOf {
-    using type = None;
-};
-template <>
-struct RestOf<bfloat16> {
-    using type = int16_t;
-};
-
-inline float join(float v, None) { return v; }
-inline double join(double v, None) { return v; }
-inline float join(bfloat16 v, int16_t rest) {
-    int32_t magnitude = (int32_t(v.bits & 0x7fff) << 16) + rest;
+// x from the parameter and, where that is bfloat16, its rest: the low bits of a float. Others have none to look at.
+inline float join(float v, const int16_t*, int64_t) { return v; }
+inline double join(double v, const int16_t*, int64_t) { return v; }
+inline float join(bfloat16 v, const int16_t* rest, int64_t k) {
+    int32_t magnitude = (int32_t(v.bits & 0x7fff) << 16) + rest[k];
     magnitude = magnitude < 0 ? 0 : magnitude;  // an edit has put a 0 beside a negative rest
     const uint32_t bits = uint32_t(magnitude) | uint32_t(v.bits & 0x8000) << 16;
     float f;
@@ -49,43 +39,24 @@ inline float join(bfloat16 v, int16_t rest) {
     return f;
 }
 
-inline void split(float x, float& stored, None&) { stored = x; }
-inline void split(double x, double& stored, None&) { stored = x; }
-inline void split(float x, bfloat16& stored, int16_t& rest) {
+// The inverse: stores x, and its rest.
+inline void put(float x, float* stored, int16_t*, int64_t k) { stored[k] = x; }
+inline void put(double x, double* stored, int16_t*, int64_t k) { stored[k] = x; }
+inline void put(float x, bfloat16* stored, int16_t* rest, int64_t k) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     int32_t magnitude = int32_t(bits & 0x7fffffff);
     magnitude = magnitude > 0x7fc00000 ? 0x7fc00000 : magnitude;  // one NaN for all: others would wrap around
     const int32_t high = (magnitude + 0x8000) >> 16;
-    rest = int16_t(magnitude - (high << 16));
-    stored.bits = uint16_t(high | (bits >> 16 & 0x8000));
+    rest[k] = int16_t(magnitude - (high << 16));
+    stored[k].bits = uint16_t(high | (bits >> 16 & 0x8000));
 }
-
-template <class X, class W>
-struct Piece {
-    using Rest = typename RestOf<X>::type;
-    int64_t count;
-    X* x;
-    const X* g;
-    W* slot;
-    X* before;
-    Rest* rest;
-};
-
-// `none[k]` is no memory: pieces without a rest have no address for it.
-template <class R>
-inline R at(const R* rest, int64_t k) { return rest[k]; }
-template <>
-inline None at<None>(const None*, int64_t) { return {}; }
-template <class R>
-inline void put(R* rest, int64_t k, R value) { rest[k] = value; }
-template <>
-inline void put<None>(None*, int64_t, None) {}
 
 // Calls body(k, j) for every element k of a lap, j its lane. Sums are kept by lane, so that their order, and with it
 // every bit, does not hang on how a compiler cuts a loop.
 template <class Body>
-inline void by_lanes(int64_t lap, int64_t end, Body body) {
+inline void by_lanes(int64_t lap, int64_t count, Body body) {
+    const int64_t end = count < lap + LAP ? count : lap + LAP;
     int64_t k = lap;
     for (; k + LANES <= end; k += LANES) {
 #pragma omp simd
@@ -94,25 +65,26 @@ inline void by_lanes(int64_t lap, int64_t end, Body body) {
     for (int j = 0; k + j < end; ++j) body(k + j, j);
 }
 
-template <class T, class Sum>
-inline void add_up(const T (&lanes)[LANES], Sum& sum) {
+template <class W>
+inline void add_up(const W (&lanes)[LANES], double& sum) {
     for (int j = 0; j < LANES; ++j) sum += lanes[j];
 }
 
-// <d,g>, <d,x>, |g|^2, |x|^2, |d|^2. DIFFERENCE: d = x - slot, else it is the slot.
+// <d,g>, <d,x>, |g|^2, |x|^2, |d|^2 of a piece. DIFFERENCE: d = x - slot, else it is the slot.
 template <bool DIFFERENCE, class X, class W>
-void measure(const Piece<X, W>& p, double* sums) {
-    const X *__restrict x = p.x, *__restrict g = p.g;
-    const W* __restrict slot = p.slot;
-    X* __restrict before = p.before;
-    const auto* __restrict rest = p.rest;
+void measure(const int64_t* row, double* sums) {
+    const X *__restrict x = reinterpret_cast<X*>(row[1]), *__restrict g = reinterpret_cast<X*>(row[2]);
+    const W* __restrict slot = reinterpret_cast<W*>(row[3]);
+    X* __restrict before = reinterpret_cast<X*>(row[4]);
+    const int16_t* __restrict rest = reinterpret_cast<int16_t*>(row[5]);
+    const int64_t count = row[0];
     double delta_grad = 0, delta_x = 0, grad_sq = 0, x_sq = 0, delta_sq = 0;
-    for (int64_t lap = 0; lap < p.count; lap += LAP) {
+    for (int64_t lap = 0; lap < count; lap += LAP) {
         W dg[LANES] = {}, dx[LANES] = {}, gg[LANES] = {}, xx[LANES] = {}, dd[LANES] = {};
-        by_lanes(lap, p.count < lap + LAP ? p.count : lap + LAP, [&](int64_t k, int j) {
+        by_lanes(lap, count, [&](int64_t k, int j) {
             const X stored = x[k];  // a copy from memory to memory would keep gcc from vectorising bfloat16
             before[k] = stored;
-            const W xk = join(stored, at(rest, k)), gk = wide(g[k]), dk = DIFFERENCE ? xk - slot[k] : slot[k];
+            const W xk = join(stored, rest, k), gk = wide(g[k]), dk = DIFFERENCE ? xk - slot[k] : slot[k];
             dg[j] += dk * gk;
             dx[j] += dk * xk;
             gg[j] += gk * gk;
@@ -125,58 +97,26 @@ void measure(const Piece<X, W>& p, double* sums) {
     std::memcpy(sums, found, sizeof found);
 }
 
-// u, and 0 where it is not finite.
-template <class X>
-inline auto update(X after, X before) {
-    const auto moved = wide(after) - wide(before);
-    using W = decltype(wide(after));
-    return std::fabs(moved) <= std::numeric_limits<W>::max() ? moved : W(0);
-}
-
-// |u|^2, while x is x_t + u.
-template <class X, class W>
-double update_sq(const Piece<X, W>& p) {
-    const X *__restrict x = p.x, *__restrict before = p.before;
-    double sum = 0;
-    for (int64_t lap = 0; lap < p.count; lap += LAP) {
-        W uu[LANES] = {};
-        by_lanes(lap, p.count < lap + LAP ? p.count : lap + LAP, [&](int64_t k, int j) {
-            const W u = update(x[k], before[k]);
-            uu[j] += u * u;
-        });
-        add_up(uu, sum);
-    }
-    return sum;
-}
-
-// x += x_delta*d + x_update*u and slot += slot_delta*d + slot_update*u.
-template <class W>
-struct Motion {
-    W x_delta, x_update, slot_delta, slot_update;
-};
-
-// Returns |u|^2.
+// x += by[0]*d + by[1]*u and slot += by[2]*d + by[3]*u in a piece. u is 0 where it is not finite. Returns |u|^2.
 template <bool DIFFERENCE, class X, class W>
-double move(const Piece<X, W>& p, const Motion<W> by) {
-    X* __restrict x = p.x;
-    W* __restrict slot = p.slot;
-    const X* __restrict before = p.before;
-    auto* __restrict rest = p.rest;
+double move(const int64_t* row, const W* by) {
+    X* __restrict x = reinterpret_cast<X*>(row[1]);
+    W* __restrict slot = reinterpret_cast<W*>(row[3]);
+    const X* __restrict before = reinterpret_cast<X*>(row[4]);
+    int16_t* __restrict rest = reinterpret_cast<int16_t*>(row[5]);
+    const int64_t count = row[0];
     // y + 1*(x - y) is to be x itself, as torch.lerp has it: the difference may have lost the digits of x.
-    const bool from_x = DIFFERENCE && by.slot_delta >= W(0.5);
-    const W slot_delta = from_x ? by.slot_delta - 1 : by.slot_delta;
+    const bool from_x = DIFFERENCE && by[2] >= W(0.5);
+    const W x_delta = by[0], x_update = by[1], slot_delta = from_x ? by[2] - 1 : by[2], slot_update = by[3];
     double sum = 0;
-    for (int64_t lap = 0; lap < p.count; lap += LAP) {
+    for (int64_t lap = 0; lap < count; lap += LAP) {
         W uu[LANES] = {};
-        by_lanes(lap, p.count < lap + LAP ? p.count : lap + LAP, [&](int64_t k, int j) {
-            const W u = update(x[k], before[k]), here = join(before[k], at(rest, k));
+        by_lanes(lap, count, [&](int64_t k, int j) {
+            const W moved = wide(x[k]) - wide(before[k]), here = join(before[k], rest, k);
+            const W u = std::fabs(moved) <= std::numeric_limits<W>::max() ? moved : W(0);
             const W y = slot[k], d = DIFFERENCE ? here - y : y;
-            X stored;
-            typename Piece<X, W>::Rest left{};
-            split(std::fma(u, by.x_update, std::fma(d, by.x_delta, here)), stored, left);
-            x[k] = stored;
-            put(rest, k, left);
-            slot[k] = std::fma(u, by.slot_update, std::fma(d, slot_delta, from_x ? here : y));
+            put(std::fma(u, x_update, std::fma(d, x_delta, here)), x, rest, k);
+            slot[k] = std::fma(u, slot_update, std::fma(d, slot_delta, from_x ? here : y));
             uu[j] += u * u;
         });
         add_up(uu, sum);
@@ -184,40 +124,10 @@ double move(const Piece<X, W>& p, const Motion<W> by) {
     return sum;
 }
 
-template <class X, class W>
-Piece<X, W> piece(const int64_t* table, int64_t i) {
-    const int64_t* row = table + 6 * i;
-    return {row[0],
-            reinterpret_cast<X*>(row[1]),
-            reinterpret_cast<const X*>(row[2]),
-            reinterpret_cast<W*>(row[3]),
-            reinterpret_cast<X*>(row[4]),
-            reinterpret_cast<typename Piece<X, W>::Rest*>(row[5])};
-}
-
-template <class X, class W>
-void measure_all(int64_t pieces, const int64_t* table, bool difference, double* sums, int threads) {
+template <class Body>
+void each(int64_t pieces, int threads, Body body) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < pieces; ++i) {
-        const auto p = piece<X, W>(table, i);
-        difference ? measure<true>(p, sums + 5 * i) : measure<false>(p, sums + 5 * i);
-    }
-}
-
-template <class X, class W>
-void update_sq_all(int64_t pieces, const int64_t* table, double* sums, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < pieces; ++i) sums[i] = update_sq(piece<X, W>(table, i));
-}
-
-template <class X, class W>
-void move_all(int64_t pieces, const int64_t* table, bool difference, const W* by, double* sums, int threads) {
-    const Motion<W> motion = {by[0], by[1], by[2], by[3]};
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < pieces; ++i) {
-        const auto p = piece<X, W>(table, i);
-        sums[i] = difference ? move<true>(p, motion) : move<false>(p, motion);
-    }
+    for (int64_t i = 0; i < pieces; ++i) body(i);
 }
 
 }  // namespace
@@ -225,15 +135,14 @@ void move_all(int64_t pieces, const int64_t* table, bool difference, const W* by
 // The factors by their address: a Python float would have to be read from a tensor first. `moved` becomes 1 in here, so
 // that whoever is interrupted between this call and its next line knows that all is done.
 #define SWEEPS(NAME, X, W)                                                                                           \
-    extern "C" void measure_##NAME(int64_t pieces, const int64_t* table, int difference, double* sums, int threads) {\
-        measure_all<X, W>(pieces, table, difference, sums, threads);                                                 \
+    extern "C" void measure_##NAME(int64_t pieces, int difference, int threads, const int64_t* table, double* sums) {\
+        const auto piece = difference ? measure<true, X, W> : measure<false, X, W>;                                  \
+        each(pieces, threads, [=](int64_t i) { piece(table + 6 * i, sums + 5 * i); });                               \
     }                                                                                                                \
-    extern "C" void update_sq_##NAME(int64_t pieces, const int64_t* table, int, double* sums, int threads) {         \
-        update_sq_all<X, W>(pieces, table, sums, threads);                                                           \
-    }                                                                                                                \
-    extern "C" void move_##NAME(int64_t pieces, const int64_t* table, int difference, const W* motion,               \
-                                double* sums, int64_t* moved, int threads) {                                         \
-        move_all<X, W>(pieces, table, difference, motion, sums, threads);                                            \
+    extern "C" void move_##NAME(int64_t pieces, int difference, int threads, const int64_t* table, const W* motion,  \
+                                double* sums, int64_t* moved) {                                                      \
+        const auto piece = difference ? move<true, X, W> : move<false, X, W>;                                        \
+        each(pieces, threads, [=](int64_t i) { sums[i] = piece(table + 6 * i, motion); });                           \
         *moved = 1;                                                                                                  \
     }
 

@@ -7,52 +7,40 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from manic.parameters import ParamState
-from manic.sweeps.base import COLUMNS, Kernels, Memory
+from manic.sweeps.base import Table
+from manic.sweeps.eager import COLUMNS
 
 
-class Native(Kernels):
+class Native(Table):
     """``native.cpp``, through ctypes, which lets other Python threads run meanwhile."""
 
     dtypes = frozenset({torch.float32, torch.float64, torch.bfloat16})
     piece = 64 * 1024
+    library: ctypes.CDLL
 
-    def __init__(self, library: str) -> None:
-        self._library = ctypes.CDLL(library)
-
-    def measure(self, states: Sequence[ParamState], difference: bool, memory: Memory) -> Tensor:
-        sums = torch.empty(memory.pieces, COLUMNS, dtype=torch.float64, device=memory.device)
-        self._call("measure", states, memory, memory.table(states), difference, sums.data_ptr())
+    def measure(self) -> Tensor:
+        self.look()
+        sums = torch.empty(self.length, COLUMNS, dtype=torch.float64, device=self.device)
+        self._call("measure", sums.data_ptr())
         return sums
 
-    def update_sq(self, states: Sequence[ParamState], memory: Memory) -> None:
-        self._call("update_sq", states, memory, memory.rows, False, memory.update_sq.data_ptr())
+    def sweep(self, motion: Tensor) -> None:
+        self._call("move", motion.data_ptr(), self.update_sq.data_ptr(), ctypes.addressof(self.moved))
 
-    def move(self, states: Sequence[ParamState], difference: bool, motion: Tensor, memory: Memory) -> None:
-        moved = ctypes.addressof(memory.moved)
-        self._call(
-            "move", states, memory, memory.rows, difference, motion.data_ptr(), memory.update_sq.data_ptr(), moved
-        )
-
-    def _call(
-        self, sweep: str, states: Sequence[ParamState], memory: Memory, table: Tensor, difference: bool, *others: int
-    ) -> None:
-        function = getattr(self._library, f"{sweep}_{str(states[0].param.dtype).removeprefix('torch.')}")
-        pointers = [ctypes.c_void_p(address) for address in others]
-        threads = ctypes.c_int(torch.get_num_threads())
-        rows = ctypes.c_void_p(table.data_ptr())
-        function(ctypes.c_int64(memory.pieces), rows, ctypes.c_int(difference), *pointers, threads)
+    def _call(self, sweep: str, *addresses: int) -> None:
+        function = getattr(self.library, f"{sweep}_{str(self.first.param.dtype).removeprefix('torch.')}")
+        pointers = map(ctypes.c_void_p, (self.rows.data_ptr(), *addresses))
+        function(ctypes.c_int64(self.length), self.difference, torch.get_num_threads(), *pointers)
 
 
 @lru_cache(maxsize=1)
-def native() -> Native:
+def native() -> type[Native]:
     """The C++ sweeps: built by torch once per kind of processor, and kept beside torch's own extensions.
 
     Raises:
@@ -85,7 +73,8 @@ def native() -> Native:
                     is_python_module=False,
                 )
                 os.replace(built, library)
-        return Native(str(library))
+        Native.library = ctypes.CDLL(str(library))
+        return Native
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"the C++ sweeps could not be built: {error}\nThey need a C++ compiler (g++ or clang++) and ninja "
