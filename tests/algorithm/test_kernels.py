@@ -465,14 +465,17 @@ def test_a_run_is_the_oracles(below: tuple[Kernels, torch.device], problem: Prob
 def test_a_run_is_the_eager_one(
     below: tuple[Kernels, torch.device], problem: Problem, base: str, dtype: torch.dtype
 ) -> None:
-    """Which differs in the last digits of the sums. (The oracle's x - x_ref has digits that no float32 has.)"""
-    ends = []
+    """Which differs in the last digits of the sums. (The oracle's x - x_ref has digits that no float32 has.)
+
+    bfloat16 is compared early: a last digit of x that turns a digit of the parameter changes the next gradient by 2^-9.
+    """
+    ends, steps = [], 40 if dtype == torch.bfloat16 else 200
     for k in (below[0], None):
         with using(k):
             parameters = problem.parameters(dtype)
             optimizer = BASES[base][0](parameters)
             m = Mechanic(optimizer, LambdaLR(optimizer, cosine(200)))
-            problem.train(parameters, m, 200)
+            problem.train(parameters, m, steps)
             assert set(swept_by(m).values()) == {k}
         x = [join(p.detach(), m.state[p].get(REST), torch.float32) for p in parameters]
         ends.append((flat(x), m.scale.item()))
