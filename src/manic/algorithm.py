@@ -114,11 +114,6 @@ class Learner:
     def _kernels(self, device: torch.device) -> Any:
         return kernels_for(device, compiled=self.compiled)
 
-    @property
-    def spread(self) -> bool:
-        """Whether this process has only a part of the model."""
-        return self.process_group is not None or shards(self.base.layouts()[0]) > 1
-
     @disable_dynamo
     def _measure(self, passes: Passes) -> Tensor:
         """The global sums at x_t: [k, 9], columns as in ``manic.tuner.Sums``."""
@@ -207,12 +202,6 @@ class Learner:
         """A 0-d field of every learned scale: [k], a copy."""
         return field_of(self.tuners(), field)
 
-    def packed(self, flat: Tensor) -> Tensor:
-        """Drop from a copy of a ``mechanic_state`` what only this process knows; it goes into a checkpoint."""
-        if self.spread:
-            flat[-1] = -1.0
-        return flat
-
     @disable_dynamo
     def _forget_rehearsal(self) -> None:
         """Drop state that was created before the first step: the base begins it now."""
@@ -247,10 +236,6 @@ class Frozen:
 
     def enter(self, params: Sequence[Tensor]) -> None:
         """Do nothing: no parameter gets a slot."""
-
-    def packed(self, flat: Tensor) -> Tensor:
-        """As ``Learner.packed()``; here all of it is shared."""
-        return flat
 
     def step(self, closure: Closure | None) -> bool:
         """Take the base's own step. No gradient is looked at."""

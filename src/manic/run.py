@@ -18,7 +18,7 @@ from manic.checkpoint.record import Record
 from manic.checkpoint.validation import Target
 from manic.collectives import anywhere
 from manic.diagnostics import UNPROPORTIONAL, Monitor, Snapshot, snapshot, warn
-from manic.parameters import KEPT
+from manic.parameters import KEPT, shards
 from manic.schedules import Schedule, fold
 from manic.tuner import Options
 from manic.wrapper import Closure, Inside, check_params, uninterrupted
@@ -154,7 +154,8 @@ class Run:
         if not self.inside.begun() and not (self.record.frozen and self.calls > 0):
             self.inside.create_state(self._mode.divisors, self._mode.enter)
         self._write()
-        return loading.pack(self.inside.optimizer, self._mode.packed)
+        spread = self.process_group is not None or shards(self.inside.layouts()[0]) > 1
+        return loading.pack(self.inside.optimizer, spread=spread)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``manic.Mechanic.load_state_dict()``."""

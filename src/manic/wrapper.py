@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from manic.parameters import Layout, layout_of, local, shards
 Closure = Callable[[], Any]
 
 
+def _of_the_base(name: str) -> Any:
+    """A property that reads and sets an attribute of the base optimizer."""
+    return property(
+        lambda self: getattr(self.base_optimizer, name),
+        lambda self, value: setattr(self.base_optimizer, name, value),
+        doc=f"The base optimizer's ``{name}``.",
+    )
+
+
 class Wrapper(Optimizer):
     """Keep the part of the ``torch.optim.Optimizer`` contract that has nothing to do with tuning.
 
@@ -25,6 +35,7 @@ class Wrapper(Optimizer):
     """
 
     base_optimizer: Optimizer
+    param_groups, state, defaults = map(_of_the_base, ("param_groups", "state", "defaults"))
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         # Optimizer.__init__ would build its own param_groups and state; this is the rest of what it does.
@@ -38,33 +49,6 @@ class Wrapper(Optimizer):
         self._patch_step_function()
         self._warned_capturable_if_run_uncaptured = True
         self.base_optimizer = base_optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's param groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = defaults
 
     @disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -255,52 +239,37 @@ def evaluate(closure: Closure | None, params: Callable[[], list[Tensor]]) -> tup
     return loss, lambda: loss if known and known.pop() == marks() else compute()
 
 
-class _Waiting:
-    """Hold back the signals that arrive during a step."""
-
-    def __init__(self) -> None:
-        self.handlers: dict[int, Any] = {}
-        self.came: list[tuple[int, Any]] = []
-
-    def begin(self) -> None:
-        for number in signal.valid_signals():
-            handler = signal.getsignal(number)
-            if callable(handler):
-                self.handlers[number] = handler
-                try:
-                    signal.signal(number, self._note)
-                except ValueError:  # not the main thread; only that one gets signals
-                    self.handlers.clear()
-                    return
-
-    def _note(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and number in [other for other, _ in self.came]:
-            self.came.clear()
-            self.handlers[number](number, frame)
-        else:
-            self.came.append((number, frame))
-
-    def end(self) -> None:
-        """Put the handlers back. A second call does nothing."""
-        for number, handler in self.handlers.items():
-            if signal.getsignal(number) == self._note:  # else the step itself has set another
-                signal.signal(number, handler)
-
-
 def uninterrupted(work: Callable[[], None]) -> None:
     """Call `work`. Signals that Python handles wait until it returns; a second Ctrl-C does not."""
-    waiting = _Waiting()
+    handlers: dict[int, Any] = {}
+    came: list[tuple[int, Any]] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and any(number == before for before, _ in came):
+            came.clear()
+            handlers[number](number, frame)
+        else:
+            came.append((number, frame))
+
+    def put_back() -> None:  # a second call does nothing
+        for caught, handler in handlers.items():
+            if signal.getsignal(caught) == note:  # else the step itself has set another
+                signal.signal(caught, handler)
+
     try:
-        waiting.begin()
+        with suppress(ValueError):  # of a thread that gets no signals
+            for number in signal.valid_signals():
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, note)
         work()
-        waiting.end()
+        put_back()
     except BaseException:
-        waiting.end()
-        for number, frame in waiting.came:
-            waiting.handlers[number](number, frame)
+        put_back()
         raise
-    for number, frame in waiting.came:
-        waiting.handlers[number](number, frame)
+    finally:
+        for caught, frame in came:
+            handlers[caught](caught, frame)
 
 
 def check_base(base: object) -> None:

@@ -29,20 +29,21 @@ def write(groups: list[dict[str, Any]], written: tuple[dict[str, Any]], schedule
             group["mechanic_scheduler"] = (state,)
 
 
-def pack(base: Optimizer, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
     """The state dict. Its tensors are the live ones, as in torch, but for the tuner's.
 
     DCP loads in place, and what it has read before it fails must not pass for the tuner's own.
 
     Args:
         base: the optimizer inside, whose groups say all that is to be said.
-        change: what becomes of the copy of a group's ``mechanic_state``.
+        spread: this process has only a part of the model: its share of ‖u‖² stays out.
     """
     state_dict = base.state_dict()
     live = [group[key] for group in base.param_groups for key in TENSORS]
     copies = {t: t.clone() for t in dict.fromkeys(live)}  # the groups share theirs
-    for t in dict.fromkeys(group["mechanic_state"] for group in base.param_groups):
-        copies[t] = change(copies[t])
+    if spread:
+        for group in base.param_groups:
+            copies[group["mechanic_state"]][-1] = -1.0
     groups = [{**group, **{key: copies[group[key]] for key in TENSORS}} for group in state_dict["param_groups"]]
     state = {key: _gatherable(values) for key, values in state_dict["state"].items()}
     return {**state_dict, "state": state, "param_groups": groups}
