@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +38,7 @@ from manic import Mechanic, scale_free
 
 CHOOSE, SCORE = (0, 1, 2), (3, 4, 5)  # seeds
 SCHEDULES = ("constant", "cosine")
+CLIPPED = 1.0  # the norm of the gradients, where the lr falls linearly, as in the Trainer of Transformers
 ANY_LR = tuple(10.0**k for k in range(-8, 5, 2))
 USUAL = 1e-2  # the base lr of a contender that is said not to care
 
@@ -80,6 +82,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "Lion": (Lion, {}),
     "RMSprop": (torch.optim.RMSprop, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "Muon + AdamW": (torch.optim.AdamW, {}),  # the second; Muon takes the matrices inside
 }
 
 
@@ -89,6 +93,16 @@ def built(run: Run, model: nn.Module, by: Callable[[Any], Any] = lambda base: ba
     return by(base)(model.parameters(), lr=run.lr, **options)
 
 
+def optimizers(run: Run, model: nn.Module) -> list[Any]:
+    """The run's base optimizers: one, or Muon for the matrices inside and AdamW for the rest, at one lr."""
+    if run.base != "Muon + AdamW":
+        return [built(run, model)]
+    named = list(model.named_parameters())
+    inside = {name for name, p in named if p.ndim == 2 and name.startswith(("blocks.", "2."))}
+    muon = torch.optim.Muon([p for name, p in named if name in inside], lr=run.lr, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW([p for name, p in named if name not in inside], lr=run.lr)]
+
+
 # Where each base's best lr may lie: half decades, from the first exponent to the last.
 GRIDS = {
     "SGD": (-3.0, 1.5),
@@ -96,7 +110,10 @@ GRIDS = {
     "AdamW": (-4.5, 0.0),
     "Lion": (-5.5, -1.0),
     "RMSprop": (-4.5, 0.0),
+    "Adagrad": (-3.5, 1.0),
+    "Muon + AdamW": (-4.5, 0.0),
 }
+SHORT = ("SGD", "momentum", "AdamW", "Lion", "RMSprop")  # the bases of the first family
 
 
 def grid(base: str) -> list[float]:
@@ -105,7 +122,9 @@ def grid(base: str) -> list[float]:
 
 
 def factor(schedule: str, steps: int) -> Callable[[int], float]:
-    """Constant, or a linear warm-up over a tenth of the steps and half a cosine down to 0."""
+    """Constant; a linear warm-up over a tenth of the steps and half a cosine down to 0; or linearly down to 0."""
+    if schedule == "linear":
+        return lambda step: 1 - step / steps
     return chargpt.warmup_factor(steps, max(1, steps // 10)) if schedule == "cosine" else lambda step: 1.0
 
 
@@ -136,6 +155,17 @@ class Tuned(Stepper):
 
     def step(self) -> None:
         self.mechanic.step()
+
+
+class Together(Stepper):
+    """Several steppers, each with parameters of its own."""
+
+    def __init__(self, steppers: list[Stepper]) -> None:
+        self.steppers = steppers
+
+    def step(self) -> None:
+        for stepper in self.steppers:
+            stepper.step()
 
 
 class ByClass(Stepper):
@@ -225,11 +255,11 @@ class Contender:
 
 
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
-    return Stepper(built(run, model), run)
+    return Together([Stepper(optimizer, run) for optimizer in optimizers(run, model)])
 
 
 def manic(**options: Any) -> Callable[[Any, nn.Module, Run], Stepper]:
-    return lambda _, model, run: Tuned(built(run, model), run, **options)
+    return lambda _, model, run: Together([Tuned(base, run, **options) for base in optimizers(run, model)])
 
 
 def authors(module: Any, model: nn.Module, run: Run) -> Stepper:
@@ -252,14 +282,15 @@ def dog(name: str) -> Callable[[Any, nn.Module, Run], Stepper]:
 
 
 ALL = tuple(BASES)
+ONE = tuple(base for base in BASES if base != "Muon + AdamW")  # for what takes one class
 CONTENDERS: dict[str, Contender] = {
     "tuned": Contender("torch", ALL, (), plain),  # at the lrs of the base's grid
     "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
     "manic": Contender("manic", ALL, ANY_LR, manic()),
     "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
-    "manic, paper": Contender("manic", ALL, ANY_LR, manic(variant="paper")),
-    "mechanic-pytorch": Contender("mechanic_pytorch", ALL, (1e-2, 1.0), authors),
-    "optax mechanize": Contender("optax", ALL, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
+    "manic, paper": Contender("manic", ONE, ANY_LR, manic(variant="paper")),
+    "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors),
+    "optax mechanize": Contender("optax", SHORT, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
     "Prodigy": Contender(
         "prodigyopt",
         ("AdamW",),
@@ -319,6 +350,8 @@ def train(run: Run) -> dict[str, Any]:
             if not math.isfinite(float(loss)):
                 break
             loss.backward()
+            if run.schedule == "linear":
+                nn.utils.clip_grad_norm_(model.parameters(), CLIPPED)
             stepper.step()
             losses.append(float(loss))
     final = task.validate(stepper.evaluated(model)) if len(losses) == run.steps else math.inf
@@ -336,16 +369,16 @@ def planned(steps: dict[str, int], contenders: Iterable[str], bases: Iterable[st
             contender = CONTENDERS[name]
             if importlib.util.find_spec(contender.module) is None:
                 continue
-            for base in (b for b in contender.bases if b in bases):
+            for base, schedule in TASKS[task].cells or product(SHORT, SCHEDULES):
+                falling = "cosine" if schedule == "linear" else schedule
+                if base not in contender.bases or base not in bases or falling not in contender.schedules:
+                    continue
                 lrs = grid(base)[:: 1 + quick] if name == "tuned" else contender.lrs[:: 1 + 2 * quick]
-                for schedule in contender.schedules:
-                    if task == "GPT long" and (base, schedule) != ("AdamW", "cosine"):
-                        continue
-                    for lr in lrs:
-                        usual = lr == USUAL or len(lrs) <= 2
-                        seeds = CHOOSE if name == "tuned" else SCORE if usual else SCORE[:1]
-                        seeds = seeds[:1] if quick else seeds
-                        runs += [Run(task, base, schedule, name, lr, seed, count) for seed in seeds]
+                for lr in lrs:
+                    usual = lr == USUAL or len(lrs) <= 2
+                    seeds = CHOOSE if name == "tuned" else SCORE if usual else SCORE[:1]
+                    seeds = seeds[:1] if quick else seeds
+                    runs += [Run(task, base, schedule, name, lr, seed, count) for seed in seeds]
     return runs
 
 
@@ -527,7 +560,9 @@ def main() -> None:
         "--out", type=Path, default=Path("out/quality"), help="folder of the CSV, the table, the figure"
     )
     parser.add_argument("--processes", type=int, default=2, help="at a time, one thread each (default: 2)")
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="default: all")
+    families = list(dict.fromkeys(task.family for task in TASKS.values()))
+    parser.add_argument("--families", nargs="*", default=families, choices=families, help="default: all")
+    parser.add_argument("--tasks", nargs="*", choices=list(TASKS), help="default: all of the families")
     parser.add_argument("--bases", nargs="*", default=list(BASES), choices=list(BASES), help="default: all")
     parser.add_argument("--contenders", nargs="*", choices=list(CONTENDERS), help="default: all but the ablation's")
     parser.add_argument("--ablation", action="store_true", help="manic with one rule changed at a time")
@@ -537,7 +572,8 @@ def main() -> None:
     names = args.contenders or [name for name in CONTENDERS if name not in ABLATION]
     if args.ablation:
         names = ["tuned", "manic", *ABLATION]
-    steps = {task: TASKS[task].steps for task in args.tasks}
+    tasks = args.tasks or [name for name, task in TASKS.items() if task.family in args.families]
+    steps = {task: TASKS[task].steps for task in tasks}
     if args.quick:
         steps, names = {task: TASKS[task].steps for task in ("logreg", "MLP", "CNN")}, ["tuned", "manic"]
         args.bases = ["momentum", "AdamW"]
