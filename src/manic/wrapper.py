@@ -181,7 +181,8 @@ class Inside:
         copies, entering = [p.detach().clone() for p in params], params
         try:
             for p in params:
-                p.grad = torch.zeros_like(p)
+                if p.grad is None or bool(_values(local(p.grad)).count_nonzero()):  # DCP has set zeros itself
+                    p.grad = torch.zeros_like(p)
             for group in self.groups:
                 if "lr" in group:
                     group["lr"] = group["lr"] * 0
