@@ -29,14 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
 
     found: list[tuple[Path, Found]] = []
-    code = 0
+    faults: list[str] = []
     for path in args.checkpoints:
         try:
             found += [(path, one) for one in inspect(path)]
         except ValueError as error:
-            reason = str(error).partition("\n")[0]
-            print(f"manic: {path}: {reason}", file=sys.stderr)
-            code = 1
+            faults.append(f"{path}: {error}")
     if args.json:
         print(json.dumps([{"path": str(path), **one.as_dict()} for path, one in found], indent=2))
     elif found:
@@ -45,49 +43,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             plot([one for _, one in found], args.plot)
         except ImportError as error:
-            print(f"manic: no plot: {error} (it takes matplotlib: pip install manic[plot])", file=sys.stderr)
-            code = 1
+            faults.append(f"no plot: {error} (it takes matplotlib: pip install manic[plot])")
         except (OSError, ValueError) as error:  # a folder that is not there, a format that matplotlib does not know
-            print(f"manic: no plot: {error}", file=sys.stderr)
-            code = 1
-    return code
+            faults.append(f"no plot: {error}")
+    for fault in faults:
+        print("manic:", fault.partition("\n")[0], file=sys.stderr)
+    return 1 if faults else 0
 
 
 def text(path: Path, found: Found) -> str:
     """A Mechanic of a checkpoint, for people."""
     look, record = found.look, found.record
-    width = max(12, *(len(name) for name in look.names))
-    parts = [
-        record.base,
-        *([record.scheduler] if record.scheduler else []),
-        look.options.variant,
-        f"format {found.format}",
-    ]
+    kinds = record.base, record.scheduler, look.options.variant, f"format {found.format}", "frozen" * record.frozen
     lines = [
-        f"{path}{found.where and ': '}{found.where} ({', '.join(parts)}{', frozen' if record.frozen else ''})",
-        f"  {'step':{width}}  {look.step}, of which {look.tuners[0].skipped:.0f} skipped",
+        f"{path}{found.where and ': '}{found.where} ({', '.join(filter(None, kinds))})",
+        f"  step          {look.step}, of which {look.tuners[0].skipped:.0f} skipped",
     ]
     for name, lr, scale in zip(look.names, look.effective_lrs, look.scales, strict=True):
-        if len(look.names) > 1:
-            lines.append(f"  group {name}")
-        lines.append(f"  {'scale':{width}}  {scale:.4g}")
-        lines.append(f"  {'effective lr':{width}}  {lr:.4g}")
+        lines += [f"  group {name}"] if len(look.names) > 1 else []
+        lines += [f"  scale         {scale:.4g}", f"  effective lr  {lr:.4g}"]
     for owner, tuner in zip(look.owners, look.tuners, strict=True):
         lines.append(f"  accumulators{owner and ' of group '}{owner}: h {tuner.h:.3g}, outliers {tuner.outliers:.0f}")
         lines.append(f"    {'beta':>10} {'m':>10} {'v':>10} {'r':>10} {'s':>10}")
         for beta, *values in zip(look.options.betas, *(field.tolist() for field in tuner[:4]), strict=True):
             lines.append(f"    {beta:>10g} " + " ".join(f"{value:>10.3g}" for value in values))
-    sizes = ", ".join(f"{name} {_bytes(size)}" for name, size in found.sizes.items())
-    lines.append(f"  {found.tensors} tensors of {found.numel} elements in all; {sizes}")
+    sizes = ", ".join(f"{name} {size:,} B" for name, size in found.sizes.items())
+    lines.append(f"  {found.tensors} tensors of {found.numel:,} elements in all; {sizes}")
     return "\n".join(lines)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} GiB"
 
 
 def plot(found: Sequence[Found], path: Path) -> None:

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from manic.algorithm import Frozen, Learner, field_of, fresh_state, on_host, stored
 from manic.checkpoint import loading
 from manic.checkpoint.record import Record
-from manic.checkpoint.validation import Target
 from manic.collectives import anywhere
 from manic.diagnostics import UNPROPORTIONAL, Monitor, Snapshot, snapshot, warn
 from manic.parameters import KEPT, shards
@@ -171,9 +170,8 @@ class Run:
             self.inside.loading = False
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        spread = self.process_group is not None
-        target = Target(self.inside.optimizer, self.schedule.scheduler, self.record, spread)
-        found = loading.load(target, self.schedule, state_dict, fresh_state(self.record.options, self.device))
+        fresh, spread = fresh_state(self.record.options, self.device), self.process_group is not None
+        found = loading.load(self.inside.optimizer, self.schedule, self.record, state_dict, fresh, spread=spread)
         if found is None:
             self._start_afresh(dataclasses.replace(self.record, frozen=False))
             return

@@ -46,11 +46,11 @@ def read(name: str) -> dict[str, Any]:
 
 
 def slots(case: Case) -> dict[str, torch.dtype]:
-    """What format 2 keeps for a parameter that has stepped."""
+    """What a state dict of format 2 has for a parameter that has stepped."""
     if case.frozen_at is not None:
         return {}
     name = "mechanic_delta" if case.variant == "paper" else "mechanic_ref"
-    rest = {torch.bfloat16: torch.int16, torch.float16: torch.float32}
+    rest = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
     return {
         name: torch.promote_types(case.dtype, torch.float32),
         **({"mechanic_rest": rest[case.dtype]} if case.dtype in rest else {}),
@@ -137,7 +137,7 @@ def master(run: Run, i: int) -> Tensor:
     rest: Tensor = run.mechanic.state_dict()["state"][i]["mechanic_rest"]
     if p.dtype == torch.float16:
         return p.float() + rest
-    bits = (p.float().view(torch.int32) & 0x7FFFFFFF) + rest.int()
+    bits = (p.float().view(torch.int32) & 0x7FFFFFFF) + rest.view(torch.int16).int()
     return bits.clamp_min(0).view(torch.float32).copysign(p.float())
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
+from manic import Mechanic
 from manic.checkpoint.validation import (
     _alike,
-    _check_schedule,
-    _check_tensor,
-    _check_value,
-    _check_whole,
-    _endless,
+    _check_ours,
+    _check_settings,
     by_number,
+    check_whole,
+    try_out,
 )
 from manic.parameters import DELTA, REF, SLOT
 from manic.schedules import differences
@@ -33,7 +33,7 @@ NAN, INF = math.nan, math.inf
     [
         *((anything, None, True) for anything in (None, 1, "x", [1], NAN)),
         *((True, True, True), (False, True, True), (1, True, False), (None, True, False), ("x", False, False)),
-        *((2, 1, True), (2.5, 1, True), (1, 2.5, True), (INF, 1, True), (NAN, 1.0, False), (True, 1, False)),
+        *((2, 1, True), (2.5, 1, True), (1, 2.5, True), (NAN, 1.0, False), (True, 1, False)),
         *((None, 1, False), ("1", 1, False), ([1], 1, False)),
         *((torch.tensor(2.0), 1, True), (torch.tensor([2]), 1.0, True), (torch.tensor(NAN), 1.0, False)),
         *((torch.ones(2), 1.0, False), (torch.tensor(1j), 1.0, False), (torch.tensor(True), 1.0, False)),
@@ -53,16 +53,16 @@ def test_a_setting_that_can_take_the_place_of_another(value: Any, here: Any, fit
 
 
 @pytest.mark.parametrize(
-    ("value", "here", "endless"),
+    ("value", "here", "fits"),
     [
-        *((INF, 1.0, True), (-INF, 1, True), (torch.tensor(INF), 1.0, True), (INF, "x", True), (INF, None, True)),
-        *((INF, INF, False), (INF, -INF, False), (1.0, INF, False), (1, 1, False), (NAN, 1.0, False)),
-        *(("x", 1.0, False), ([INF], 1.0, False)),
+        *((INF, 1.0, False), (-INF, 1, False), (torch.tensor(INF), 1.0, False), (INF, "x", False), (INF, None, True)),
+        *((INF, INF, True), (INF, -INF, True), (1.0, INF, True), (1, 1, True), (NAN, 1.0, False), (NAN, INF, False)),
+        *(("x", 1.0, False), ([INF], 1.0, False), ([INF], [1.0], False), ({"a": INF}, {"a": 1}, False)),
     ],
     ids=repr,
 )
-def test_a_number_that_is_infinite_where_it_is_not_here(value: Any, here: Any, endless: bool) -> None:
-    assert _endless(value, here) is endless
+def test_a_number_that_is_infinite_where_it_is_not_here(value: Any, here: Any, fits: bool) -> None:
+    assert _alike(value, here) is fits
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_had_a_gradient_has_its_slot(variant: str, dtype: torch.dtype, miss
     TunerState.unpack(state, 1).numel.fill_(3_000_000 + missing)
     groups = [{"params": [0, 1], "mechanic_state": state, "mechanic_step": torch.tensor(7.0)}]
     with nullcontext() if fits else pytest.raises(ValueError, match=f"of step 7, but has no '{slot}' for {missing} of"):
-        _check_whole(params, {0: {slot: params[0]}}, groups, Options(variant=variant, betas=(0.9,)))
+        check_whole(params, {0: {slot: params[0]}}, groups, Options(variant=variant, betas=(0.9,)))
 
 
 def base() -> torch.optim.SGD:
@@ -160,10 +160,10 @@ def test_the_state_of_a_scheduler(name: str, change: Any, says: str | None) -> N
     saved = copy.deepcopy(here)
     change(saved)
     if says is None:
-        _check_schedule(saved, here, "Cosine")
+        _check_settings(saved, here, "Cosine")
     else:
         with pytest.raises(ValueError) as found:  # noqa: PT011
-            _check_schedule(saved, here, "Cosine")
+            _check_settings(saved, here, "Cosine")
         assert says in str(found.value)
 
 
@@ -198,59 +198,95 @@ COMPLEX = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
 )
 def test_a_tensor_in_the_shape_of_a_parameter(value: Any, p: torch.Tensor, says: str | None) -> None:
     if says is None:
-        _check_tensor("x", value, p)
+        _check_ours("x", value, p)
     else:
         with pytest.raises(ValueError) as found:  # noqa: PT011
-            _check_tensor("x", value, p)
+            _check_ours("x", value, p)
         assert says in str(found.value)
 
 
-def test_a_value_of_one_dimension() -> None:
-    """Adafactor's variance of a vector."""
-    _check_value("variance", "what", torch.ones(3), torch.ones(2), LINE)
-    with pytest.raises(ValueError, match="what is"):
-        _check_value("variance", "what", torch.tensor(1.0), torch.ones(2), LINE)
-
-
-SHAPED_LIKE = torch.ones(2, 2)  # by a stand-in of two elements in each dimension
+FULL, GONE = (lambda value, *shape: torch.full(shape or (3, 2), value)), object()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "like", "fits"),
+    ("base", "name", "value", "fits"),
     [
-        ("anything", "x", None, True),
-        *(("exp_avg", value, SHAPED_LIKE, fits) for value, fits in ((torch.ones(3, 2), True), (torch.ones(3), False))),
-        *(("exp_avg", value, torch.ones(3, 2), fits) for value, fits in ((torch.ones(3, 2), True), (None, False))),
-        ("exp_avg", torch.full((3, 2), NAN), SHAPED_LIKE, False),
-        ("exp_avg", torch.full((3, 2), INF), SHAPED_LIKE, True),
-        # Adafactor's rows and columns, of which the stand-in has other shapes
-        *(("row_var", value, torch.ones(2, 1), fits) for value, fits in ((torch.ones(3, 1), True), (2.0, False))),
-        *(("row_var", value, torch.ones(2, 1), False) for value in (torch.ones(3), torch.ones(3, 1, device="meta"))),
-        ("row_var", torch.full((3, 1), NAN), torch.ones(2, 1), False),
-        *(("step", value, torch.tensor(3.0), True) for value in (torch.tensor(0.0), torch.tensor(7.0), 7, 7.5)),
-        *(("step", value, torch.tensor(3.0), False) for value in (torch.tensor(7), torch.ones(1), -1, INF, NAN, "7")),
-        *(("step", value, torch.tensor(3.0), False) for value in (None, True, torch.tensor(-1.0), torch.tensor(NAN))),
-        *(("step", value, 3, True) for value in (0, 7, 7.0, torch.tensor(7))),
-        *(("step", value, 3, False) for value in (-1, "7", None, True, [7], NAN)),
-        *(("mu", value, torch.tensor(1.0), True) for value in (torch.tensor(-1.0), -1.0, INF)),
-        *(("other", value, "word", fits) for value, fits in (("x", True), (1, False), (None, False))),
-        *(("flag", value, True, fits) for value, fits in ((False, True), (1, False))),
+        *(("AdamW", "exp_avg", value, True) for value in (FULL(1.0), FULL(1.0).double())),
+        *(("AdamW", "exp_avg", value, False) for value in (FULL(1.0, 3), FULL(1.0, 3, 1), FULL(1.0, 2, 3), FULL(NAN))),
+        *(("AdamW", "exp_avg", value, False) for value in (None, 1.0, "x", [1.0], GONE, FULL(INF))),
+        *(("AdamW", "exp_avg", value, False) for value in (FULL(1.0).to_sparse(), FULL(1.0).to("meta"))),
+        ("AdamW", "exp_avg_sq", FULL(INF), True),  # as after a large gradient in float16
+        *(("SGD", "momentum_buffer", value, False) for value in (FULL(1.0, 3), GONE)),
+        # Adafactor's rows and columns
+        *(("Adafactor", "row_var", value, True) for value in (FULL(1.0, 3, 1), FULL(1.0, 3, 1).double())),
+        *(("Adafactor", "row_var", value, False) for value in (2.0, FULL(1.0, 3), FULL(1.0, 2, 1), GONE)),
+        *(("Adafactor", "row_var", value, False) for value in (FULL(NAN, 3, 1), FULL(1.0, 3, 1).to("meta"))),
+        *(("AdamW", "step", value, True) for value in (torch.tensor(0.0), torch.tensor(7.0), 7, 7.5, torch.tensor(7))),
+        *(("NAdam", "step", value, False) for value in (-1, INF, NAN, "7", None, [7], GONE, FULL(1.0, 1))),
+        *(("RMSprop", "step", torch.tensor(value), False) for value in (-1.0, NAN, INF)),
+        *(("NAdam", "mu_product", value, True) for value in (torch.tensor(0.5), 0.5, torch.tensor(0.5).double())),
+        *(("NAdam", "mu_product", value, False) for value in (NAN, "x", None, FULL(1.0, 2), GONE)),
     ],
     ids=repr,
 )
-def test_a_value_in_the_state_of_the_base(name: str, value: Any, like: Any, fits: bool) -> None:
+def test_a_value_in_the_state_of_the_base(base: str, name: str, value: Any, fits: bool) -> None:
+    """What the base can step with is loaded."""
+
+    def build() -> Mechanic:
+        p = nn.Parameter(torch.ones(3, 2))
+        mechanic = Mechanic(getattr(torch.optim, base)([p], **({"momentum": 0.9} if base == "SGD" else {})))
+        p.grad = torch.ones_like(p)
+        mechanic.step()
+        return mechanic
+
+    state_dict, mechanic = copy.deepcopy(build().state_dict()), build()
+    values = state_dict["state"][0]
+    assert name in values
+    values.update({name: value})
+    if value is GONE:
+        del values[name]
     if fits:
-        _check_value(name, "what", value, like, P)
+        mechanic.load_state_dict(state_dict)
+        mechanic.step()
     else:
-        with pytest.raises(ValueError, match=r"what (is|has)"):
-            _check_value(name, "what", value, like, P)
+        with pytest.raises(ValueError, match=rf"{name}|{base} cannot"):
+            mechanic.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize(("value", "fits"), [(FULL(1.0, 3), True), (torch.tensor(1.0), False), (FULL(1.0, 1), False)])
+def test_a_value_of_one_dimension(value: torch.Tensor, fits: bool) -> None:
+    """Adafactor's variance of a vector."""
+    base = torch.optim.Adafactor([LINE])
+    base.state[LINE] = {"step": torch.tensor(1.0), "variance": value}
+    with nullcontext() if fits else pytest.raises(ValueError, match="Adafactor cannot step parameter 0"):
+        try_out(base)
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        *((FULL(1.0).to(dtype), True) for dtype in (torch.int16, torch.bfloat16)),
+        *((FULL(1.0).to(dtype), False) for dtype in (torch.int32, torch.float32, torch.float16, torch.int8)),
+        (torch.ones(2, 3, dtype=torch.int16), False),
+    ],
+    ids=repr,
+)
+def test_the_rest_of_a_bfloat16_parameter(value: torch.Tensor, fits: bool) -> None:
+    """16 bits: int16 where it lives, bfloat16 in a state dict, and no other."""
+    p = nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))
+    mechanic = Mechanic(torch.optim.SGD([p], lr=0.1))
+    state_dict = copy.deepcopy(mechanic.state_dict())
+    assert state_dict["state"][0]["mechanic_rest"].dtype == torch.bfloat16
+    state_dict["state"][0]["mechanic_rest"] = value
+    with nullcontext() if fits else pytest.raises(ValueError, match="mechanic_rest of parameter 0 is"):
+        mechanic.load_state_dict(state_dict)
 
 
 def test_state_that_dcp_has_left_under_a_string() -> None:
     groups = [{"params": [0, 1]}, {"params": [2, "name"]}]
     state = {0: {"a": 1}, "0": {"step": 3}, "1": {"step": 4}, 2: {"b": 1}, "name": {"c": 1}, "7": {"d": 1}}
     given = copy.deepcopy(state)
-    assert by_number({"state": state, "param_groups": groups}) == {
+    assert by_number({"state": state, "param_groups": groups})["state"] == {
         **{0: {"a": 1, "step": 3}, 1: {"step": 4}, 2: {"b": 1}},
         **{"name": {"c": 1}, "7": {"d": 1}},
     }

@@ -318,12 +318,12 @@ def settled(kind: str, how: str, checkpoint: str) -> dict[str, Any]:
 
 
 def whole_states(source: str, target: str, dtype: str) -> dict[str, Any]:
-    """full_state_dict (+ cpu_offload, where torch can), loaded with broadcast_from_rank0."""
+    """full_state_dict (+ cpu_offload, where torch can), loaded with broadcast_from_rank0, or from all ranks."""
     one = Run(source, "adamw", dtype=dtype)
     one.train(range(SAVED_AT))
     one.mechanic.zero_grad()
     # With FSDP1, torch 2.13 crashes in its own state_dict on the CPU; and it wants the state on every rank.
-    offload = not (source + target).count("fsdp1")
+    offload = not (source + target).count("fsdp1") and source != "plain"
     gather = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     model = copy.deepcopy(get_model_state_dict(one.model, options=StateDictOptions(full_state_dict=True)))
     optimizer = copy.deepcopy(get_optimizer_state_dict(one.model, one.mechanic, options=gather))

@@ -6,12 +6,12 @@ unpickler that knows the few classes of which it is made.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from manic.parameters import DELTA, REF, REST
 
 GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_(?:state|step|options|scheduler)|lr|name)")
 STATE = re.compile(r"(.*\.)?state\.(.+)\.([^.]+)")
+SIZES = {REF: "x_ref", DELTA: "delta", REST: "rest"}
 
 SAVED = (".pt", ".bin", ".ckpt", ".pth")  # what people, and frameworks, call the files of torch.save
 
@@ -41,14 +42,6 @@ METADATA = {
 }
 
 
-class Entry(NamedTuple):
-    """One leaf of a checkpoint."""
-
-    read: Callable[[], Any]
-    size: int  # bytes, if it is a tensor
-    numel: int
-
-
 class Found(NamedTuple):
     """A Mechanic in a checkpoint."""
 
@@ -62,28 +55,19 @@ class Found(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """In types that JSON knows."""
-        look, options = self.look, self.look.options
+        look = self.look
+        accumulators = [
+            {
+                **({"group": owner} if owner else {}),
+                **dict(zip(("beta", "m", "v", "r", "s"), values, strict=True)),
+            }
+            for owner, tuner in zip(look.owners, look.tuners, strict=True)
+            for values in zip(look.options.betas, *(field.tolist() for field in tuner[:4]), strict=True)
+        ]
         return {
-            "where": self.where,
-            "format": self.format,
-            "base": self.record.base,
-            "scheduler": self.record.scheduler,
-            "frozen": self.record.frozen,
-            "options": {name: getattr(options, name) for name in options.__dataclass_fields__},
-            "step": look.step,
-            **metrics(look),
-            "accumulators": [
-                {
-                    **({"group": owner} if owner else {}),
-                    "beta": beta,
-                    **{name: float(getattr(tuner, name)[i]) for name in ("m", "v", "r", "s")},
-                }
-                for owner, tuner in zip(look.owners, look.tuners, strict=True)
-                for i, beta in enumerate(options.betas)
-            ],
-            "bytes": self.sizes,
-            "tensors": self.tensors,
-            "numel": self.numel,
+            **{"where": self.where, "format": self.format, **dataclasses.asdict(self.record)},
+            **{"step": look.step, **metrics(look), "accumulators": accumulators},
+            **{"bytes": self.sizes, "tensors": self.tensors, "numel": self.numel},
         }
 
 
@@ -94,9 +78,9 @@ def inspect(path: Path) -> list[Found]:
         ValueError: the path leads to no checkpoint, to one that is damaged, or to one without a Mechanic.
     """
     try:
-        entries = dict(_of_folder(path) if path.is_dir() else _of_file(path))
-        matches = [match for key in entries if (match := GROUP.fullmatch(key)) and match[3] == "mechanic_state"]
-        found = [_at(place, entries) for place in dict.fromkeys(match[1] or "" for match in matches)]
+        values = dict(_of_folder(path) if path.is_dir() else _of_file(path))
+        matches = [match for key in values if (match := GROUP.fullmatch(key)) and match[3] == "mechanic_state"]
+        found = [_at(place, values) for place in dict.fromkeys(match[1] or "" for match in matches)]
     except (FileNotFoundError, PermissionError) as error:
         missing = f"a folder without {Path(error.filename).name}" if path.is_dir() else error.strerror
         files = sorted(file.name for file in path.glob("*") if file.suffix in SAVED)
@@ -114,12 +98,19 @@ def inspect(path: Path) -> list[Found]:
     return found
 
 
-def _at(place: str, entries: dict[str, Entry]) -> Found:
+def _at(place: str, values: dict[str, Any]) -> Found:
     groups: dict[str, dict[str, Any]] = {}
-    for key, entry in entries.items():
-        match = GROUP.fullmatch(key)
-        if match and (match[1] or "") == place:
-            groups.setdefault(match[2], {})[match[3]] = entry.read()
+    sizes = {"x_ref": 0, "delta": 0, "rest": 0, "base": 0}
+    numels: dict[str, int] = {}
+    for key, value in values.items():
+        match = GROUP.fullmatch(key) or STATE.fullmatch(key)
+        if match is None or (match[1] or "") != place:
+            continue
+        if match.re is GROUP:
+            groups.setdefault(match[2], {})[match[3]] = value
+        else:
+            sizes[SIZES.get(match[3], "base")] += value.nbytes if isinstance(value, Tensor) else 0
+            numels[match[2]] = max(value.numel() if isinstance(value, Tensor) else 0, numels.get(match[2], 0))
     written = format_of(next(iter(groups.values())))
     if written == 1:
         groups = {name: upgraded_group(group) for name, group in groups.items()}
@@ -129,32 +120,22 @@ def _at(place: str, entries: dict[str, Entry]) -> Found:
         (str(group.get("name")), str(group.get("lr")), tuple(group["mechanic_state"].tolist())): group
         for group in groups.values()
     }
-    alike = list(distinct.values()) if len(distinct) < len(groups) else list(groups.values())
-    sizes = {"x_ref": 0, "delta": 0, "rest": 0, "base": 0}
-    numels: dict[str, int] = {}
-    for key, entry in entries.items():
-        match = STATE.fullmatch(key)
-        if match and (match[1] or "") == place:
-            sizes[{REF: "x_ref", DELTA: "delta", REST: "rest"}.get(match[3], "base")] += entry.size
-            numels[match[2]] = max(entry.numel, numels.get(match[2], 0))
-    look = snapshot(alike, record.options, record.unit)
+    look = snapshot(list(distinct.values()), record.options, record.unit)
     return Found(place.rstrip("."), written, record, look, sizes, len(numels), sum(numels.values()))
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, Entry]]:
+def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """All that is in a file, under keys as DCP makes them: "optimizer.state.0.exp_avg"."""
     mapped = zipfile.is_zipfile(path)  # not those of torch before 1.6
     return _leaves("", torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Entry]]:
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, inner in items:
-            yield from _leaves(f"{key}.{name}" if key else str(name), inner)
-    elif isinstance(value, Tensor):
-        yield key, Entry(lambda: value, value.numel() * value.element_size(), value.numel())
-    else:
-        yield key, Entry(lambda: value, 0, 0)
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict | list):
+        yield key, value
+        return
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves(f"{key}.{name}" if key else str(name), inner)
 
 
 class _Metadata(pickle.Unpickler):
@@ -167,21 +148,20 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _of_folder(path: Path) -> Iterator[tuple[str, Entry]]:
+def _of_folder(path: Path) -> Iterator[tuple[str, Any]]:
+    """All that is in a folder; of what is not in a param group, tensors that have a size alone."""
     with (path / ".metadata").open("rb") as file:
         metadata = _Metadata(file).load()
     places = {index.fqn: info for index, info in metadata.storage_data.items()}
-
-    def read(key: str) -> Any:
-        info = places[key]
-        if Path(info.relative_path).name != info.relative_path:
-            raise ValueError(f"{key} lies outside the folder, in {info.relative_path}")
-        with (path / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), map_location="cpu", weights_only=True)
-
     for key, about in metadata.state_dict_metadata.items():
-        size = getattr(about, "size", None)
-        numel = 0 if size is None else size.numel()
-        width = 0 if size is None else about.properties.dtype.itemsize
-        yield key, Entry(partial(read, key), numel * width, numel)
+        if GROUP.fullmatch(key):
+            info = places[key]
+            if Path(info.relative_path).name != info.relative_path:
+                raise ValueError(f"{key} lies outside the folder, in {info.relative_path}")
+            with (path / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                data = io.BytesIO(file.read(info.length))
+            yield key, torch.load(data, map_location="cpu", weights_only=True)
+        else:
+            whole = hasattr(about, "size")
+            yield key, torch.empty(about.size, dtype=about.properties.dtype, device="meta") if whole else None

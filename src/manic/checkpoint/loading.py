@@ -12,12 +12,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.checkpoint.format1 import upgraded
-from manic.checkpoint.record import TENSORS, Record
-from manic.checkpoint.validation import SHAPED, WRONG, Target, by_id, by_number, check
+from manic.checkpoint.record import TENSORS, Record, read
+from manic.checkpoint.validation import (
+    WRONG,
+    by_id,
+    by_number,
+    check_groups,
+    check_record,
+    check_state,
+    check_whole,
+    try_out,
+)
 from manic.diagnostics import warn
-from manic.parameters import KEPT, REST, RESTS, wide
+from manic.parameters import KEPT, REST, RESTS, local, wide
 from manic.schedules import Schedule, differences
-from manic.tuner import Options, TunerState
+from manic.tuner import TunerState
+
+SCALARS = ("mu_product", "eta", "mu")  # NAdam's and ASGD's, float32 beside parameters of any dtype
 
 
 def write(groups: list[dict[str, Any]], written: tuple[dict[str, Any]], schedule: Schedule) -> None:
@@ -38,23 +49,38 @@ def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
         base: the optimizer inside, whose groups say all that is to be said.
         spread: this process has only a part of the model: its share of ‖u‖² stays out.
     """
-    state_dict = base.state_dict()
-    live = [group[key] for group in base.param_groups for key in TENSORS]
-    copies = {t: t.clone() for t in dict.fromkeys(live)}  # the groups share theirs
+    state_dict, live = base.state_dict(), base.param_groups
+    copies = {group[key]: group[key].clone() for group in live for key in TENSORS}  # the groups share theirs
     if spread:
-        for group in base.param_groups:
+        for group in live:
             copies[group["mechanic_state"]][-1] = -1.0
-    groups = [{**group, **{key: copies[group[key]] for key in TENSORS}} for group in state_dict["param_groups"]]
-    state = {key: _gatherable(values) for key, values in state_dict["state"].items()}
-    return {**state_dict, "state": state, "param_groups": groups}
+    groups = [
+        {key: copies[value] if key in TENSORS else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": _rests_as(torch.bfloat16, state_dict["state"]), "param_groups": groups}
 
 
-def _gatherable(values: Any) -> Any:
-    """The state of a parameter, with an int16 rest of a sharded one in int32: neither gloo nor NCCL gathers int16."""
-    rest = values.get(REST) if isinstance(values, dict) else None
-    if rest is None or rest.dtype != torch.int16 or not hasattr(rest, "placements"):
-        return values
-    return {**values, REST: rest.to(torch.int32)}
+def _rests_as(dtype: torch.dtype, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A state with every rest of 16 bits in `dtype`: the same bits, in the same memory.
+
+    The live ones are int16. No backend of torch.distributed sends int16; what sends a bfloat16 parameter sends these
+    as well.
+    """
+
+    def seen(values: Any) -> Any:
+        rest = values.get(REST) if isinstance(values, dict) else None
+        if not isinstance(rest, Tensor) or rest.dtype not in (torch.int16, torch.bfloat16):
+            return values
+        bits: Any = local(rest).view(dtype)
+        if hasattr(rest, "placements"):
+            sharded: Any = rest
+            bits = sharded.from_local(
+                bits, sharded.device_mesh, sharded.placements, shape=rest.shape, stride=rest.stride()
+            )
+        return {**values, REST: bits}
+
+    return {key: seen(values) for key, values in state.items()}
 
 
 @contextmanager
@@ -68,8 +94,7 @@ def all_or_nothing(base: Optimizer, schedule: Schedule, anywhere: Callable[[bool
         ValueError: the checkpoint does not fit, here or on another rank.
     """
     state = schedule.state()
-    owners = [base, *schedule.members]
-    before = [(owner, dict(vars(owner))) for owner in owners]
+    before = [(owner, dict(vars(owner))) for owner in (base, *schedule.members)]
 
     def undo() -> None:
         for owner, attributes in before:
@@ -81,11 +106,9 @@ def all_or_nothing(base: Optimizer, schedule: Schedule, anywhere: Callable[[bool
     fault: Exception | None = None
     try:
         yield
-    except WRONG as error:
-        known = isinstance(error, (ValueError, torch.OutOfMemoryError))
-        fault = error if known else ValueError(f"the checkpoint cannot be loaded: {error!r}")
     except Exception as error:
-        fault = error
+        known = isinstance(error, (ValueError, torch.OutOfMemoryError)) or not isinstance(error, WRONG)
+        fault = error if known else ValueError(f"the checkpoint cannot be loaded: {error!r}")
     except BaseException:
         undo()
         raise
@@ -97,15 +120,17 @@ def all_or_nothing(base: Optimizer, schedule: Schedule, anywhere: Callable[[bool
 
 
 def load(
-    target: Target, schedule: Schedule, state_dict: dict[str, Any], fresh: Tensor
+    base: Optimizer, schedule: Schedule, record: Record, state_dict: dict[str, Any], fresh: Tensor, *, spread: bool
 ) -> tuple[Record, int, int] | None:
-    """Load a state dict that fits.
+    """Load a state dict that fits. To be called in ``all_or_nothing()``.
 
     Args:
-        target: what it is loaded into.
+        base: the optimizer inside.
         schedule: of the same Mechanic.
+        record: of the same Mechanic.
         state_dict: of ``pack()``, of an older version, or of the plain base.
         fresh: a ``mechanic_state`` that has seen nothing, for a count of betas: its dtype and device are those of ours.
+        spread: other processes hold parameters of this model without a mark on the tensors.
 
     Returns:
         what the checkpoint says of its Mechanic, how many of its steps counted, and how many were skipped; None: it was
@@ -114,77 +139,90 @@ def load(
     Raises:
         ValueError: it does not fit.
     """
-    state_dict = upgraded(state_dict, target.params)
-    found = check(target, state_dict)
-    state_dict = {**state_dict, "state": by_number(state_dict)}
-    if found is None:
+    state_dict = by_number(state_dict)
+    state_dict = upgraded(state_dict, [p for group in base.param_groups for p in group["params"]])
+    groups, state, live = state_dict["param_groups"], _rests_as(torch.int16, state_dict["state"]), base.state
+    check_groups(base, groups)
+    params = by_id(base, groups)
+    if not any("mechanic_state" in group for group in groups):
+        check_state(params, state, None)
+        _load_base(base, state_dict, params)
+        try_out(base)
         warn(
-            f"the checkpoint has nothing of a Mechanic in it: the state of {type(target.base).__name__} is loaded, and "
-            "the tuner starts afresh"
+            f"the checkpoint has nothing of a Mechanic in it: the state of {type(base).__name__} is loaded, and the "
+            "tuner starts afresh"
         )
-        _load_base(target.base, state_dict)
         return None
-    saved, saved_schedule = found
-    _name_differences(target, saved, saved_schedule)
-    live = target.base.state
-    _load_base(target.base, state_dict)
-    _load_tensors(target.base, saved.options, state_dict, live, fresh)
+    saved, saved_schedule = read(groups)
+    check_record(saved, saved_schedule, record, schedule)
+    check_state(params, state, saved)
+    if not saved.frozen and not spread:
+        check_whole(params, state, groups, saved.options)
+    _load_base(base, state_dict, params)
+    _load_tuner(base.param_groups, groups, fresh, per_group=saved.options.per_group)
+    for key, p in params.items():
+        if state.get(key):
+            base.state[p].update(_kept(state[key], live.get(p, {}), p))
+    try_out(base)
+    notes = _differences(record, saved, schedule, saved_schedule)
     if schedule.scheduler is not None and saved_schedule is not None:
         schedule.load(saved_schedule)
-    first = state_dict["param_groups"][0]
-    skipped = TunerState.unpack(first["mechanic_state"], len(saved.options.betas)).skipped
-    return dataclasses.replace(saved, scheduler=target.record.scheduler), int(first["mechanic_step"]), int(skipped)
-
-
-def _name_differences(target: Target, saved: Record, saved_schedule: dict[str, Any] | None) -> None:
-    notes = [
-        f"{field.name} = {getattr(saved.options, field.name)!r} replaces {getattr(target.record.options, field.name)!r}"
-        for field in dataclasses.fields(Options)
-        if getattr(saved.options, field.name) != getattr(target.record.options, field.name)
-    ]
-    if saved.scheduler is not None and target.scheduler is None:
-        notes.append(f"its scheduler {saved.scheduler} is left out, since this Mechanic has none")
-    if saved.scheduler is None and target.scheduler is not None:
-        notes.append(f"it has no scheduler, so {type(target.scheduler).__name__} stays as it is")
-    if target.scheduler is not None and saved_schedule is not None:
-        notes.extend(differences(target.scheduler, saved_schedule))
     if notes:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
+    skipped = TunerState.unpack(groups[0]["mechanic_state"], len(saved.options.betas)).skipped
+    return dataclasses.replace(saved, scheduler=record.scheduler), int(groups[0]["mechanic_step"]), int(skipped)
 
 
-def _load_base(base: Optimizer, state_dict: dict[str, Any]) -> None:
+def _differences(record: Record, saved: Record, schedule: Schedule, saved_schedule: dict[str, Any] | None) -> list[str]:
+    """What this Mechanic was built with, and loses to the checkpoint."""
+    theirs, ours = dataclasses.asdict(saved.options), dataclasses.asdict(record.options)
+    notes = [f"{name} = {theirs[name]!r} replaces {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
+    if saved.scheduler is not None and schedule.name is None:
+        notes.append(f"its scheduler {saved.scheduler} is left out, since this Mechanic has none")
+    if saved.scheduler is None and schedule.name is not None:
+        notes.append(f"it has no scheduler, so {schedule.name} stays as it is")
+    if schedule.scheduler is not None and saved_schedule is not None:
+        notes.extend(differences(schedule.scheduler, saved_schedule))
+    return notes
+
+
+def _load_base(base: Optimizer, state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> None:
     """The base's own part, by its own rules, except that scalars keep their dtype."""
     state = {
         key: {k: v for k, v in values.items() if k not in KEPT} if isinstance(values, dict) else values
         for key, values in state_dict["state"].items()
     }
-    base.load_state_dict({**state_dict, "state": {key: values for key, values in state.items() if values != {}}})
-    # torch casts float state to the parameter's dtype: right for moments, but NAdam's and ASGD's float32
-    # scalars would be rounded to bfloat16.
-    for key, p in by_id(base, state_dict).items():
+    try:
+        base.load_state_dict({**state_dict, "state": {key: values for key, values in state.items() if values != {}}})
+    except WRONG as error:
+        raise ValueError(f"{type(base).__name__} cannot load its part of the checkpoint: {error!r}") from error
+    # torch casts float state to the parameter's dtype, which is right for moments alone.
+    for key, p in params.items():
         for name, value in state.get(key, {}).items():
-            if isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and name not in SHAPED:
+            scalar = isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
+            if scalar and (p.dim() > 0 or name in SCALARS):
                 base.state[p][name] = value.to(device=base.state[p][name].device, copy=True)
 
 
-def _load_tensors(
-    base: Optimizer, options: Options, state_dict: dict[str, Any], live: Mapping[Tensor, Any], fresh: Tensor
-) -> None:
-    """Copies of the accumulators, the slots and the rests, on the devices and in the dtypes that they live in."""
-    groups = base.param_groups
-    for group, other in zip(groups, state_dict["param_groups"], strict=True):
+def _load_tuner(groups: list[dict[str, Any]], saved: list[dict[str, Any]], fresh: Tensor, *, per_group: bool) -> None:
+    """Copies of the tuner's tensors, on the device and in the dtypes that they live in."""
+    for group, other in zip(groups, saved, strict=True):
         group["mechanic_state"] = other["mechanic_state"].to(fresh, copy=True)
         group["mechanic_step"] = other["mechanic_step"].to(fresh.device, torch.float32, copy=True)
     for group in groups[1:]:
         group["mechanic_step"] = groups[0]["mechanic_step"]
-        if not options.per_group:
+        if not per_group:
             group["mechanic_state"] = groups[0]["mechanic_state"]
-    for key, p in by_id(base, state_dict).items():
-        for name in KEPT:
-            saved = state_dict["state"].get(key, {}).get(name)
-            if saved is None:
-                continue
-            if saved is not live.get(p, {}).get(name):  # else DCP has loaded into the live tensor, and no copy is due
-                dtype = RESTS[p.dtype] if name == REST else wide(p.dtype)
-                saved = torch.empty_like(p.detach(), dtype=dtype).copy_(saved)
-            base.state[p][name] = saved
+
+
+def _kept(saved: Mapping[str, Any], live: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
+    """Copies of the slot and the rest of p, where it lives, and the live ones where DCP has loaded into these."""
+    kept: dict[str, Tensor] = {}
+    for name in [name for name in KEPT if name in saved]:  # in one order on all ranks, which will gather them
+        given, own = saved[name], live.get(name)
+        if own is not None and own.dtype == given.dtype and local(own).data_ptr() == local(given).data_ptr():
+            kept[name] = own
+        else:
+            dtype = RESTS[p.dtype] if name == REST else wide(p.dtype)
+            kept[name] = torch.empty_like(p.detach(), dtype=dtype).copy_(given)
+    return kept
