@@ -46,7 +46,8 @@ class Mechanic(Wrapper):
     ``mechanic_state`` (float64 [4n + 17], see ``manic.tuner.TunerState``), ``mechanic_step`` (float32 []),
     ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple). In ``state[p]``, from p's first step on, it
     keeps one tensor of p's shape, float32 or better: ``mechanic_ref`` (x_ref; ``"paper"``: ``mechanic_delta``, Δ), and
-    for bfloat16 and float16 parameters ``mechanic_rest`` (int16, and float32): the digits of x that they cannot hold.
+    for bfloat16 and float16 parameters ``mechanic_rest``: the digits of x that they cannot hold, as int16 (whose bits a
+    state dict holds as bfloat16) and float32.
 
     Args:
         base_optimizer: an optimizer that is already built, on any lr.

@@ -23,12 +23,11 @@ FIELDS = (
 def upgraded(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
     """A state dict of format 1 as one of format 2, with a warning; any other as it is. Changes nothing in place.
 
-    "scale_free" keeps x_ref, and "paper" Δ. What is broken goes through as it is: it is for ``check()`` to refuse.
+    "scale_free" keeps x_ref, and "paper" Δ. A broken value stays as it is: the checks of a load refuse it.
 
     Args:
         state_dict: of a Mechanic, or of a plain optimizer.
-        params: the live parameters, in order, with the values of the checkpoint: a Δ that was not stored comes from
-            them.
+        params: the live parameters, in order, with the checkpoint's values: where Δ was not stored, it comes from them.
     """
     groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
     if not isinstance(groups, list) or not groups or format_of(groups[0]) != 1:
@@ -48,8 +47,8 @@ def upgraded(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, 
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"this checkpoint of format 1 is broken: {error!r}") from error
     warn(
-        "this checkpoint has format 1, with two tensors per parameter: it goes on with one, within rounding. The next "
-        "one that you save has the new format"
+        "this checkpoint has format 1, with two tensors per parameter: the run goes on with one, within rounding, and "
+        "your next checkpoint has the new format"
     )
     return {**state_dict, "state": state, "param_groups": new_groups}
 

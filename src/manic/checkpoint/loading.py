@@ -64,8 +64,8 @@ def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
 def _rests_as(dtype: torch.dtype, state: Mapping[Any, Any]) -> dict[Any, Any]:
     """A state with every rest of 16 bits in `dtype`: the same bits, in the same memory.
 
-    The live ones are int16. No backend of torch.distributed sends int16; what sends a bfloat16 parameter sends these
-    as well.
+    The live ones are int16, which no backend of torch.distributed sends. A backend that sends the bfloat16 parameter
+    sends its rest too.
     """
 
     def seen(values: Any) -> Any:
