@@ -16,8 +16,8 @@ from manic import Mechanic
 from manic.checkpoint.validation import (
     _alike,
     _check_ours,
-    _check_settings,
     by_number,
+    check_settings,
     check_whole,
     try_out,
 )
@@ -160,10 +160,10 @@ def test_the_state_of_a_scheduler(name: str, change: Any, says: str | None) -> N
     saved = copy.deepcopy(here)
     change(saved)
     if says is None:
-        _check_settings(saved, here, "Cosine")
+        check_settings(saved, here, "Cosine")
     else:
         with pytest.raises(ValueError) as found:  # noqa: PT011
-            _check_settings(saved, here, "Cosine")
+            check_settings(saved, here, "Cosine")
         assert says in str(found.value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,30 +20,30 @@ FIELDS = (
 )
 
 
-def upgraded(state_dict: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+def upgraded(state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> dict[str, Any]:
     """A state dict of format 1 as one of format 2, with a warning; any other as it is. Changes nothing in place.
 
-    "scale_free" keeps x_ref, and "paper" Δ. A broken value stays as it is: the checks of a load refuse it.
+    "scale_free" keeps x_ref, and "paper" Δ.
 
     Args:
         state_dict: of a Mechanic, or of a plain optimizer.
-        params: the live parameters, in order, with the checkpoint's values: where Δ was not stored, it comes from them.
+        params: the live parameters by their ids, with the checkpoint's values: where Δ was not stored, it comes from
+            them.
+
+    Raises:
+        ValueError: it is broken.
     """
-    groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
-    if not isinstance(groups, list) or not groups or format_of(groups[0]) != 1:
+    groups, state = state_dict["param_groups"], dict(state_dict["state"])
+    if format_of(groups[0]) != 1:
         return state_dict
     try:
         options = in_a_tuple(groups[0]["mechanic_options"], "")
         n, paper = len(options["betas"]), options["variant"] == "paper"
-        new_groups, state, place = [], dict(state_dict["state"]), 0
         for group in groups:
-            new_groups.append(upgraded_group(group))
             scale = float((group if options["per_group"] else groups[0])["mechanic_state"][4 * n + 1])
-            for key in group["params"]:
-                found = next((k for k in (key, str(key)) if k in state), None)
-                if found is not None and REF in state[found]:
-                    state[found] = _kept(state[found], params[place], scale, paper=paper)
-                place += 1
+            for key in [key for key in group["params"] if REF in state.get(key, {})]:
+                state[key] = _kept(state[key], params[key], scale, paper=paper)
+        new_groups = [upgraded_group(group) for group in groups]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"this checkpoint of format 1 is broken: {error!r}") from error
     warn(

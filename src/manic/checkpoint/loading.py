@@ -19,6 +19,7 @@ from manic.checkpoint.validation import (
     by_number,
     check_groups,
     check_record,
+    check_settings,
     check_state,
     check_whole,
     try_out,
@@ -140,10 +141,10 @@ def load(
         ValueError: it does not fit.
     """
     state_dict = by_number(state_dict)
-    state_dict = upgraded(state_dict, [p for group in base.param_groups for p in group["params"]])
-    groups, state, live = state_dict["param_groups"], _rests_as(torch.int16, state_dict["state"]), base.state
-    check_groups(base, groups)
-    params = by_id(base, groups)
+    check_groups(base, state_dict["param_groups"])
+    params, live = by_id(base, state_dict["param_groups"]), base.state
+    state_dict = upgraded(state_dict, params)
+    groups, state = state_dict["param_groups"], _rests_as(torch.int16, state_dict["state"])
     if not any("mechanic_state" in group for group in groups):
         check_state(params, state, None)
         _load_base(base, state_dict, params)
@@ -153,8 +154,10 @@ def load(
             "tuner starts afresh"
         )
         return None
-    saved, saved_schedule = read(groups)
-    check_record(saved, saved_schedule, record, schedule)
+    saved, plan = read(groups)
+    check_record(saved, record)
+    if schedule.scheduler is not None and plan is not None:
+        check_settings(plan, schedule.scheduler.state_dict(), type(schedule.scheduler).__name__)
     check_state(params, state, saved)
     if not saved.frozen and not spread:
         check_whole(params, state, groups, saved.options)
@@ -164,25 +167,24 @@ def load(
         if state.get(key):
             base.state[p].update(_kept(state[key], live.get(p, {}), p))
     try_out(base)
-    notes = _differences(record, saved, schedule, saved_schedule)
-    if schedule.scheduler is not None and saved_schedule is not None:
-        schedule.load(saved_schedule)
+    notes = _differences(saved, record)
+    if schedule.scheduler is not None and plan is not None:
+        notes += differences(schedule.scheduler, plan)
+        schedule.load(plan)
     if notes:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
     skipped = TunerState.unpack(groups[0]["mechanic_state"], len(saved.options.betas)).skipped
     return dataclasses.replace(saved, scheduler=record.scheduler), int(groups[0]["mechanic_step"]), int(skipped)
 
 
-def _differences(record: Record, saved: Record, schedule: Schedule, saved_schedule: dict[str, Any] | None) -> list[str]:
-    """What this Mechanic was built with, and loses to the checkpoint."""
-    theirs, ours = dataclasses.asdict(saved.options), dataclasses.asdict(record.options)
+def _differences(saved: Record, here: Record) -> list[str]:
+    """What a Mechanic was built with, and loses to a checkpoint."""
+    theirs, ours = dataclasses.asdict(saved.options), dataclasses.asdict(here.options)
     notes = [f"{name} = {theirs[name]!r} replaces {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
-    if saved.scheduler is not None and schedule.name is None:
+    if saved.scheduler is not None and here.scheduler is None:
         notes.append(f"its scheduler {saved.scheduler} is left out, since this Mechanic has none")
-    if saved.scheduler is None and schedule.name is not None:
-        notes.append(f"it has no scheduler, so {schedule.name} stays as it is")
-    if schedule.scheduler is not None and saved_schedule is not None:
-        notes.extend(differences(schedule.scheduler, saved_schedule))
+    if saved.scheduler is None and here.scheduler is not None:
+        notes.append(f"it has no scheduler, so {here.scheduler} stays as it is")
     return notes
 
 

@@ -15,7 +15,7 @@ from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 
 from manic.checkpoint.record import Record, is_plain
 from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, shards
-from manic.schedules import IN_A_GROUP, PER_GROUP, Schedule
+from manic.schedules import IN_A_GROUP, PER_GROUP
 from manic.tuner import Options, TunerState
 
 # What torch and this package raise at a value of the wrong kind.
@@ -72,30 +72,20 @@ def check_groups(base: Optimizer, groups: list[dict[str, Any]]) -> None:
                 raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
         own = {"params", *(name for name in live if name.startswith("mechanic_"))}
         unset = {name for name in may_be_none if saved.get(name) is None}
-        _check_settings(saved, {k: v for k, v in live.items() if k not in own | unset}, f"param group {i}")
+        check_settings(saved, {k: v for k, v in live.items() if k not in own | unset}, f"param group {i}")
 
 
-def check_record(saved: Record, state: dict[str, Any] | None, record: Record, schedule: Schedule) -> None:
-    """Check that it is of a Mechanic around the same base, with a scheduler of the same kind if both have one.
-
-    Args:
-        saved: what the checkpoint says of its Mechanic.
-        state: that of its scheduler.
-        record: what is to be said of this one.
-        schedule: of this one.
-    """
-    if saved.base != record.base:
-        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {record.base}")
-    if schedule.scheduler is None or state is None:
-        return
-    if saved.scheduler != schedule.name:
+def check_record(saved: Record, here: Record) -> None:
+    """Check that a checkpoint is of a Mechanic around the same base, with the same scheduler if both have one."""
+    if saved.base != here.base:
+        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {here.base}")
+    if None not in (saved.scheduler, here.scheduler) and saved.scheduler != here.scheduler:
         raise ValueError(
-            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has {schedule.name}"
+            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has {here.scheduler}"
         )
-    _check_settings(state, schedule.scheduler.state_dict(), type(schedule.scheduler).__name__)
 
 
-def _check_settings(saved: dict[str, Any], here: dict[str, Any], of: str) -> None:
+def check_settings(saved: dict[str, Any], here: dict[str, Any], of: str) -> None:
     """Check that what a group or a scheduler has in the checkpoint is of the same kinds as here. It may lack something:
     an older torch did not have it."""
     for key, value in here.items():
@@ -114,7 +104,7 @@ def _check_settings(saved: dict[str, Any], here: dict[str, Any], of: str) -> Non
         if not _alike(theirs, like):
             raise ValueError(f"{key} of {of} is {theirs!r} in the checkpoint, {value!r} here")
         for part, ours in zip(theirs, value, strict=True) if inner else ():  # schedulers in a scheduler
-            _check_settings(part, ours, f"{of}.{key}")
+            check_settings(part, ours, f"{of}.{key}")
 
 
 def _alike(value: Any, here: Any) -> bool:
