@@ -53,7 +53,7 @@ DCP += [((kind, 2), (kind, 2), *FORMS[0], mode) for kind in ("fsdp1", "fsdp1-fla
 WHOLE = [("fsdp", "fsdp", dtype) for dtype in ("float32", "bfloat16", "float16")]
 WHOLE += [("fsdp", "fsdp1", "float32"), ("fsdp1", "fsdp", "float32")]
 SETTLED = [(("fsdp", 2), ("fsdp", 2)), (("fsdp", 2), ("plain", 1)), (("plain", 1), ("fsdp", 4))]
-HOW = ["eager", "compiled", "paper"]
+HOW = ["native", "eager", "paper"]
 REHEARSED = [("plain", 1, "bfloat16"), ("plain", 1, "float32"), ("fsdp", 2, "float32")]
 
 
