@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import nox
@@ -13,7 +14,7 @@ nox.options.default_venv_backend = "virtualenv"
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"  # one torch for all: an open range may fetch gigabytes of CUDA
 TESTS = ("pytest", "pytest-cov", "pytest-xdist", "hypothesis")
-EXTRAS = ("ninja", "matplotlib", "numpy", "triton; sys_platform == 'linux'")  # what some of the tests need
+EXTRAS = ("matplotlib", "numpy", "triton; sys_platform == 'linux'")  # what some of the tests need
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -49,7 +50,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def soak(session: nox.Session) -> None:
     """Tests that try to break it, whole: 200 kills, all broken checkpoints, 2,000 random programs, 10,000,000 steps."""
-    install(session, ".", *TESTS, "ninja")
+    install(session, ".", *TESTS)
     files = (
         "checkpoint/test_killed.py",
         "checkpoint/test_hostile.py",
@@ -66,7 +67,10 @@ def soak(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Mutation testing of the scalar half, the sweeps and the checkpoint. It takes hours, and goes on where it was
     killed; `nox -s mutants -- tuner` takes one file."""
-    install(session, "torch", *TESTS, "numpy", "ninja", "mutmut==3.8.1")
+    install(session, "torch", *TESTS, "numpy", "cmake", "ninja", "mutmut==3.8.1")
+    sweeps, place = ROOT / "src" / "manic" / "sweeps", session.create_tmp()
+    for step in (["-S", str(sweeps), "-B", place, "-G", "Ninja"], ["--build", place], ["--install", place]):
+        session.run("cmake", *step)  # the libraries come to lie beside their source
     script = ROOT / "tests" / "support" / "mutants.py"
     session.run("python", str(script), str(ROOT / "out" / "mutants"), *session.posargs)
 
@@ -96,7 +100,7 @@ def agreement(session: nox.Session) -> None:
 @nox.session
 def distributed(session: nox.Session) -> None:
     """FSDP2, HSDP, DDP, FSDP1, pipeline stages and their checkpoints, with 2 and 4 processes on the CPU."""
-    install(session, ".", *TESTS, "numpy", "ninja")
+    install(session, ".", *TESTS, "numpy")
     pytest(session, "-m", "distributed", str(ROOT / "tests"), *session.posargs)
 
 
@@ -130,7 +134,7 @@ def bench(session: nox.Session) -> None:
     `nox -s bench -- quick` runs every script on little and without the peers, to see that they run.
     """
     peers = ("mechanic-pytorch", "prodigyopt", "schedulefree", "optax")
-    install(session, ".[demo]", "numpy", "ninja", *(() if "quick" in session.posargs else peers))
+    install(session, ".[demo]", "numpy", *(() if "quick" in session.posargs else peers))
     out = ROOT / "out" / "bench"
     out.mkdir(parents=True, exist_ok=True)
     quick = {
@@ -180,23 +184,40 @@ def docs(session: nox.Session) -> None:
                 )
 
 
+CHECK = """
+import manic, sys, torch, warnings, importlib.resources
+from manic.sweeps.native import native
+
+p = torch.nn.Parameter(torch.ones(3))
+m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(9):
+        (p ** 2).sum().backward()
+        m.step()
+        m.zero_grad()
+assert m.scale > 0
+assert importlib.resources.files(manic).joinpath("py.typed").is_file()
+fast = sys.argv[1] == "fast"
+assert (native() is not None) == fast
+assert ["Install a C++ compiler" in str(warning.message) for warning in told] == ([] if fast else [True])
+print(manic.__version__, sys.argv[1], float(m.scale))
+"""
+
+
 @nox.session
 def build(session: nox.Session) -> None:
-    """Sdist and wheel; the wheel, in a clean environment, trains."""
-    install(session, "build", "hatchling")
-    out = Path(session.create_tmp()).resolve() / "dist"
-    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
-    wheel = max(out.glob("manic-*.whl"), key=os.path.getmtime)
-    assert len(list(out.glob("manic-*.tar.gz"))) >= 1
-    session.chdir(out)
-    install(session, "--force-reinstall", "--no-deps", str(wheel))
-    install(session, str(wheel))
-    check = (
-        "import manic, torch, importlib.resources as r; p = torch.nn.Parameter(torch.ones(3)); "
-        "m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9)); "
-        "[((p ** 2).sum().backward(), m.step(), m.zero_grad()) for _ in range(9)]; "
-        "assert m.scale > 0; files = r.files(manic); "
-        "assert all((files / name).is_file() for name in ('py.typed', 'sweeps/native.cpp')); "
-        "print(manic.__version__, float(m.scale))"
-    )
-    session.run("python", "-c", check)
+    """Sdist, the wheel that is built of it, and the one that comes about without a C++ compiler. Both train, each in a
+    clean environment."""
+    install(session, "build")
+    out = Path(session.create_tmp()).resolve()
+    shutil.rmtree(out / "dist", ignore_errors=True)
+    for kind, arguments, env in (("fast", [], {}), ("slow", ["--wheel"], {"CXX": str(out / "no-such-compiler")})):
+        folder = out / "dist" / kind
+        session.run("python", "-m", "build", "--outdir", str(folder), *arguments, str(ROOT), env=env)
+        (wheel,) = folder.glob("manic-*.whl")
+        assert wheel.name.endswith("-py3-none-any.whl") == (kind == "slow"), wheel
+        session.run("python", "-m", "venv", "--clear", str(out / kind))
+        python = str(out / kind / ("Scripts" if os.name == "nt" else "bin") / "python")
+        session.run(python, "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), str(wheel), external=True)
+        session.run(python, "-c", CHECK, kind, external=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from training import Problem
 
-from manic import Mechanic
+from manic import Mechanic, algorithm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -29,6 +29,20 @@ def problem() -> Problem:
     truth = [generator.gauss(0, 1) for _ in range(12)]
     targets = [sum(a * b for a, b in zip(row, truth, strict=True)) + generator.gauss(0, 0.1) for row in rows]
     return Problem(rows, targets, [generator.gauss(0, 0.3) for _ in range(12)])
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """sweeps("eager"): from now on every Mechanic sweeps as without a library; sweeps("native"): as usual."""
+    chosen = algorithm.kernels_for
+    choices: dict[str, Any] = {"native": chosen, "eager": lambda _: None}
+    return lambda kind: monkeypatch.setattr(algorithm, "kernels_for", choices[kind])
+
+
+@pytest.fixture(params=["native", "eager"])
+def both_sweeps(request: pytest.FixtureRequest, sweeps: Callable[[str], None]) -> None:
+    """Run the test twice, with the one and with the other."""
+    sweeps(request.param)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 KINDS = ("state", "persistent", "transient")
-BARS = ("manic, compiled", "manic", "AdamWScheduleFree", "Prodigy", "mechanic-pytorch")
+BARS = ("manic", "manic, eager", "AdamWScheduleFree", "Prodigy", "mechanic-pytorch")
 COLOURS = ("#0b6e4f", "#6bbf8f", "#b0b7c3", "#8a93a3", "#5b6474")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +33,6 @@ class Learner:
         record: options, and the base lr that is divided out.
         device: where the tuner's state is.
         process_group: the ranks that share one model's parameters without a mark on the tensors.
-        compiled: use the C++ sweeps on the CPU, and the compiled scalar half elsewhere.
         fresh: no step has counted yet, so that any state is from before the first step.
     """
 
@@ -45,11 +43,10 @@ class Learner:
         device: torch.device,
         process_group: ProcessGroup | None,
         *,
-        compiled: bool = False,
         fresh: bool = True,
     ) -> None:
         self.base, self.record, self.device, self.process_group = base, record, device, process_group
-        self.compiled, self.fresh = compiled, fresh
+        self.fresh = fresh
         self._starting = 3 if record.options.variant == "scale_free" else 0  # steps in which some S may still be 0
         self._passes: tuple[Any, Passes] | None = None  # of the last step, and by what they are known again
         self._betas = torch.tensor(record.options.betas, dtype=precise(device), device=device)
@@ -106,13 +103,10 @@ class Learner:
             return passes
         states = list(collect(groups, state, options.variant, per_group=options.per_group))
         difference = options.variant == "scale_free"
-        passes = Passes(states, self.base.layouts(), difference, self._kernels)
+        passes = Passes(states, self.base.layouts(), difference, kernels_for)
         entering = any(one.entering for one in states)  # they take x_ref now: group anew in the next step
         self._passes = None if entering else seen, passes
         return passes
-
-    def _kernels(self, device: torch.device) -> Any:
-        return kernels_for(device, compiled=self.compiled)
 
     @disable_dynamo
     def _measure(self, passes: Passes) -> Tensor:
@@ -133,11 +127,10 @@ class Learner:
             ok: whether the step counts, a 0-d bool on the tuner's device.
         """
         options, olds = self.record.options, self.tuners()
-        tune_one = compiled_tune() if self.compiled and not on_host(ok) else tune
         rates = [group.get("lr", self.record.unit) / self.record.unit for group in self.base.groups]
         lrs = [_largest(some, sums) for some in (zip(rates) if options.per_group else [rates])]
         found = [
-            tune_one(old, Sums(*row), ok, self._betas, options, self.record.unit, lr)
+            tune(old, Sums(*row), ok, self._betas, options, self.record.unit, lr)
             for old, row, lr in zip(olds, sums, lrs, strict=True)
         ]
         return [new for new, _ in found], torch.stack([torch.stack(motion) for _, motion in found])
@@ -287,12 +280,6 @@ def tune(
         kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok),
         Motion(*(torch.where(ok, factor, 0) for factor in motion)),
     )
-
-
-@lru_cache(maxsize=1)
-def compiled_tune() -> Callable[..., Any]:
-    """``tune()`` in one or two kernels instead of some sixty."""
-    return torch.compile(tune, fullgraph=True, dynamic=False)
 
 
 def paper(old: TunerState, sums: Sums, betas: Tensor, options: Options) -> tuple[TunerState, Motion]:

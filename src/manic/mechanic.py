@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from manic.diagnostics import metrics
 from manic.run import Run
 from manic.schedules import Schedule, parts
-from manic.sweeps.native import native
 from manic.tuner import DEFAULT_BETAS, Options
 from manic.wrapper import Wrapper, check_base, check_params, evaluate
 
@@ -129,23 +128,6 @@ class Mechanic(Wrapper):
         self._run.step(closure)
         self._log()
         return loss
-
-    @disable_dynamo
-    @torch.no_grad()
-    def compile(self) -> None:
-        """Compile what a step runs, as ``torch.nn.Module.compile()`` does for a module: the same to rounding, faster.
-
-        On the CPU the two passes over memory become C++ (for dense parameters in float32, float64 and bfloat16), which
-        ``torch.utils.cpp_extension`` builds in a second or two and keeps. On other devices ``torch.compile`` takes the
-        scalar half, in the next step. A checkpoint does not say whether a run was compiled: to resume bit for bit,
-        compile both times or neither.
-
-        Raises:
-            RuntimeError: there is no C++ compiler or no ninja, or they fail. The Mechanic goes on as before.
-        """
-        if any(p.device.type == "cpu" for p in self._run.inside.params()):
-            native()
-        self._run.compile()
 
     @disable_dynamo
     @torch.no_grad()

@@ -52,7 +52,6 @@ class Run:
         devices = [p.device for p in self.inside.params()]
         self.device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
         self.calls = 0  # of step() so far, counted on the host
-        self.compiled = False
         # Adagrad has state from construction on.
         lazy = not self.inside.begun()
         self.record = Record(self.inside.name, schedule.name, 0.0, lazy, frozen=False, options=options)
@@ -92,11 +91,6 @@ class Run:
         self.inside.refuse_in_a_step()
         self.adopt()
         return snapshot(self.groups, self.record.options, self.record.unit)
-
-    def compile(self) -> None:
-        """Use compiled sweeps from now on."""
-        self.compiled = True
-        self._settle(self.record)
 
     # ------------------------------------------------------------------ freeze and unwrap
 
@@ -258,9 +252,7 @@ class Run:
             self._mode = Frozen(self.inside, scales)
         else:
             was = fresh if fresh is not None else isinstance(self._mode, Learner) and self._mode.fresh
-            self._mode = Learner(
-                self.inside, record, self.device, self.process_group, compiled=self.compiled, fresh=was
-            )
+            self._mode = Learner(self.inside, record, self.device, self.process_group, fresh=was)
         if record != self.record:
             self.record, self._written = record, record.written()
         self._write()

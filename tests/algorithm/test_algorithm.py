@@ -37,6 +37,7 @@ from manic.sweeps.passes import ENTERED_SQ, MEMBERS, NUMEL, Passes, _alike, grou
 from manic.tuner import Sums
 
 
+@pytest.mark.usefixtures("both_sweeps")
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "cosine"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
@@ -62,6 +63,7 @@ def test_every_option_is_the_papers(problem: Problem, options: dict[str, Any]) -
     assert parameters_gap < 1e-10
 
 
+@pytest.mark.usefixtures("both_sweeps")
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "cosine"])
 @pytest.mark.parametrize(("base", "unit"), [("sgd", 0.5), ("momentum", 0.1), ("adamw", 0.1), ("custom", 0.1)])
 def test_scale_free_is_its_own_equations(problem: Problem, base: str, unit: float, scheduled: bool) -> None:

@@ -6,14 +6,13 @@ from __future__ import annotations
 import copy
 import math
 import os
-import pickle
-import signal
+import platform
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from training import Problem, cosine, flat, gap
 
-from manic import Mechanic, algorithm, mechanic, run
+import manic
+from manic import Mechanic, algorithm, run
 from manic.parameters import REST, RESTS, ParamState, join, split, wide
 from manic.sweeps import eager, kernels
+from manic.sweeps import native as native_module
 from manic.sweeps.base import Table
-from manic.sweeps.native import Native, native
+from manic.sweeps.native import LEVELS, X86_64, Native, native
 from manic.sweeps.passes import Passes
-from manic.tuner import Options, Sums, TunerState
 
 NATIVE = [torch.float32, torch.float64, torch.bfloat16]
 ALL = [*NATIVE, torch.float16]
@@ -48,7 +48,8 @@ def _triton() -> Kernels:
 
 def _below(name: str) -> tuple[Kernels, torch.device]:
     if name == "native":
-        return native(), torch.device("cpu")
+        assert native() is Native, "build the libraries: see CONTRIBUTING.md"
+        return Native, torch.device("cpu")
     return _triton(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -76,7 +77,7 @@ either = pytest.mark.parametrize("difference", [True, False], ids=["x_ref kept",
 def using(k: Kernels | None, on_host: bool = True) -> Iterator[None]:
     """Every Mechanic sweeps with k; with `on_host` False nothing is known to the host, as if on a device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algorithm, "kernels_for", lambda *_, **__: k)
+        patch.setattr(algorithm, "kernels_for", lambda _: k)
         if not on_host:
             for module in (algorithm, run):
                 patch.setattr(module, "on_host", lambda _: False)
@@ -568,39 +569,87 @@ def test_what_is_swept_apart_keeps_its_own_memory(below: tuple[Kernels, torch.de
         torch.testing.assert_close(a, b)
 
 
-def test_two_runs_give_the_same_bits_on_any_number_of_threads() -> None:
-    def run(threads: int) -> list[Tensor]:
-        torch.manual_seed(0)
-        parameters = [nn.Parameter(torch.randn(n)) for n in (200_001, 7, 64, 90_000)]
-        m = Mechanic(torch.optim.AdamW(parameters, lr=1e-3, fused=True))
-        m.compile()
-        count = torch.get_num_threads()
-        try:
-            torch.set_num_threads(threads)
-            for _ in range(10):
-                for p in parameters:
-                    p.grad = p.detach().sin()
-                m.step()
-        finally:
-            torch.set_num_threads(count)
-        return [*(p.detach() for p in parameters), m.scale]
+def trained_on(threads: int) -> list[Tensor]:
+    """The end of a short run: parameters and scale."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(n)) for n in (200_001, 7, 64, 90_000)]
+    m = Mechanic(torch.optim.AdamW(parameters, lr=1e-3, fused=True))
+    count = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(10):
+            for p in parameters:
+                p.grad = p.detach().sin()
+            m.step()
+    finally:
+        torch.set_num_threads(count)
+    assert m.scale > 0
+    assert set(swept_by(m).values()) == {Native}
+    return [*(p.detach() for p in parameters), m.scale]
 
-    first = run(1)
-    assert first[-1] > 0
-    for threads in (1, 2, 3):
-        assert all(map(torch.equal, first, run(threads)))
+
+def test_two_runs_give_the_same_bits_on_any_number_of_threads() -> None:
+    first = trained_on(1)
+    for threads in (1, 2, 3, 40):
+        assert same(first, trained_on(threads))
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [70_000] * 9, [3 * 2**16, 1, 1, 1], [1] * 200], ids=str)
+def test_however_the_pieces_are_divided_none_is_left_out(sizes: list[int]) -> None:
+    torch.manual_seed(0)
+    states = [a_state(torch.randn(n), torch.float32, torch.device("cpu")) for n in sizes or [1]]
+    table = Native(states, True)
+    if not sizes:
+        table.length = 0  # as on a rank that has no element
+    count, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(table.measure())
+    finally:
+        torch.set_num_threads(count)
+    assert found[0].shape == (sum(-(-n // Native.piece) for n in sizes), 5)
+    assert (found[0][:, 2] > 0).all()  # ‖g‖²
+    assert same(found, found[:1] * 4)
+
+
+FORKED = """
+import hashlib, os, sys, torch
+from test_kernels import trained_on
+
+def told():  # what a run ends with
+    return hashlib.sha256(b"".join(t.numpy(force=True).tobytes() for t in trained_on(2))).hexdigest()
+
+print(told(), flush=True)  # the threads of this process have run
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # torch's own runtime hangs after a fork
+        torch.set_num_threads = lambda _: None
+        torch.get_num_threads = lambda: 2
+        print(told(), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_after_a_fork_the_bits_are_the_same() -> None:
+    folders = [Path(__file__).parent, Path(__file__).parents[1] / "support", Path(manic.__file__).parents[1]]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = subprocess.run([sys.executable, "-c", FORKED], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) == 3
+    assert len(set(done.stdout.split())) == 1
 
 
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
-def test_a_compiled_run_is_the_eager_one_and_resumes_bitwise(
-    problem: Problem, tmp_path: Path, dtype: torch.dtype
+def test_a_native_run_is_the_eager_one_and_resumes_bitwise(
+    problem: Problem, tmp_path: Path, dtype: torch.dtype, sweeps: Callable[[str], None]
 ) -> None:
     def build() -> tuple[list[nn.Parameter], Mechanic]:
         parameters = problem.parameters(dtype)
-        m = Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
-        m.compile()
-        assert m.compile() is None
-        return parameters, m
+        return parameters, Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
 
     parameters, m = build()
     problem.train(parameters, m, 30)
@@ -613,58 +662,56 @@ def test_a_compiled_run_is_the_eager_one_and_resumes_bitwise(
         for p, saved in zip(resumed, checkpoint["parameters"], strict=True):
             p.copy_(saved)
     loaded.load_state_dict(checkpoint["mechanic"])
-    twin = copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))
-    assert [t._run.compiled for t in twin] == [True, True]
     problem.train(resumed, loaded, range(30, 60))
+    assert set(swept_by(loaded).values()) == {Native}
     assert torch.equal(flat(parameters), flat(resumed))
 
     if dtype == torch.float64:  # 60 steps in float32 make much of the last digit of a sum
-        eager = problem.parameters(dtype)
-        problem.train(eager, Mechanic(torch.optim.AdamW(eager, lr=1e-3)), 60)
-        assert gap(flat(resumed).detach(), flat(eager).detach(), problem.start) < 1e-12
+        sweeps("eager")
+        others, m = build()
+        problem.train(others, m, 60)
+        assert set(swept_by(m).values()) == {None}
+        assert gap(flat(resumed).detach(), flat(others).detach(), problem.start) < 1e-12
 
 
-def test_compile_uses_the_kernels_and_nothing_is_compiled_unasked(problem: Problem) -> None:
-    parameters = problem.parameters()
-    m = Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
-    problem.train(parameters, m, 3)
+def test_the_library_is_that_of_the_instructions_that_torch_uses() -> None:
+    """Every library in the package loads, or would on a newer processor; torch knows what this one can do."""
+    folder = Path(manic.__file__).parent / "sweeps"
+    found = {path.name for path in folder.glob("native-*.so")}
+    here = platform.machine() in X86_64
+    assert found == {f"native-{level}.so" for level in ([*LEVELS.values(), "x86-64-v2"] if here else ["baseline"])}
+    code = "from manic.sweeps.native import native; print(native().library._name)"
+    wanted = {"avx512": "x86-64-v4", "avx2": "x86-64-v3", "default": "x86-64-v2"} if here else {"default": "baseline"}
+    best = torch.backends.cpu.get_cpu_capability()
+    if best != "AVX512":
+        wanted.pop("avx512", None)
+    if best not in ("AVX512", "AVX2"):
+        wanted.pop("avx2", None)
+    for capability, level in wanted.items():
+        env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(Path(manic.__file__).parents[1])}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(folder / f"native-{level}.so")
 
-    assert set(swept_by(m).values()) == {None}
-    m.compile()
-    problem.train(parameters, m, 1)
-    assert set(swept_by(m).values()) == {Native}
 
-
-@pytest.mark.filterwarnings("ignore")  # torch 2.6 has its own words on such a compiler
-def test_without_a_compiler_compile_says_so_and_the_run_goes_on(
-    problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("hidden", ["away", "broken"])
+def test_without_a_library_a_mechanic_says_so_once_and_trains(
+    hidden: str, problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    monkeypatch.setattr(mechanic, "native", native.__wrapped__)
-    parameters = problem.parameters()
+    if hidden == "broken":
+        for level in (*LEVELS.values(), "x86-64-v2", "baseline"):
+            (tmp_path / f"native-{level}.so").write_bytes(b"not a library")
+    monkeypatch.setattr(native_module, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(kernels, "native", lru_cache(native.__wrapped__))
+    parameters, others = problem.parameters(), problem.parameters()
     m = Mechanic(torch.optim.AdamW(parameters, lr=1e-3))
-    with pytest.raises(RuntimeError, match=r"C\+\+ compiler .* and ninja"):
-        m.compile()
-    problem.train(parameters, m, 12)
+    with pytest.warns(UserWarning, match=r"2 to 3 times as long. Install a C\+\+ compiler") as told:
+        problem.train(parameters, m, 12)
+    problem.train(others, Mechanic(torch.optim.SGD(others, lr=1e-3)), 3)
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    assert told[0].filename.endswith("training.py")  # the line that called step()
     assert m.scale > 0
     assert set(swept_by(m).values()) == {None}
-
-
-def test_a_process_that_is_killed_while_it_compiles_stops_no_other(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from manic.sweeps.native import native; native()"]
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    victim = subprocess.Popen(command, env=environment, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.o")) + list(tmp_path.rglob("lock")):  # it has begun
-        assert victim.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert not list(tmp_path.rglob("*.so"))
-    subprocess.run(command, env=environment, check=True, timeout=120)
-    assert len(list(tmp_path.glob("manic/*.so"))) == 1
 
 
 def test_triton_that_does_not_run_is_replaced_by_the_eager_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -723,33 +770,8 @@ def test_the_triton_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 4 * 8
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("variant", ["scale_free", "paper"])
-def test_the_compiled_scalar_half_is_the_eager_one(variant: str) -> None:
-    """What compile() asks for on a device; here by way of C++."""
-    options, n = Options(variant), 6
-    betas = torch.tensor(options.betas, dtype=torch.float64)
-    eagerly = fused = TunerState.unpack(torch.zeros(TunerState.size(n), dtype=torch.float64), n)
-    generator = torch.Generator().manual_seed(0)
-    for t in range(30):
-        sums = Sums(*torch.randn(len(Sums._fields), dtype=torch.float64, generator=generator).abs())
-        sums = sums._replace(delta_grad=-sums.delta_grad if t % 2 else sums.delta_grad)
-        sums = sums._replace(members=torch.tensor(t // 5, dtype=torch.float64))
-        ok = torch.tensor(t % 7 != 3)
-        lr = torch.tensor(1.0 if t < 20 else 0.5, dtype=torch.float64)
-        with torch.no_grad():
-            eagerly, motion = algorithm.tune(eagerly, sums, ok, betas, options, 0.1, lr)
-            fused, also = algorithm.compiled_tune()(fused, sums, ok, betas, options, 0.1, lr)
-        torch.testing.assert_close(tuple(also), tuple(motion), rtol=1e-12, atol=0)
-    assert eagerly.scale > 0
-    assert eagerly.skipped == 4
-    torch.testing.assert_close(tuple(fused), tuple(eagerly), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["eager", "native"])
-def test_what_was_worked_out_once_is_not_used_where_it_does_not_hold(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("both_sweeps")
+def test_what_was_worked_out_once_is_not_used_where_it_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between steps gradients come, go and turn sparse, memory is laid out anew, state vanishes, a group maximizes, a
     parameter is added: the same run, bit for bit, as one that works everything out in every step."""
 
@@ -757,8 +779,6 @@ def test_what_was_worked_out_once_is_not_used_where_it_does_not_hold(
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(6, 5)) for _ in range(4)]
         m = Mechanic(torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.1))
-        if kind == "native":
-            m.compile()
         seen = []
 
         def step(absent: int | None = None) -> None:

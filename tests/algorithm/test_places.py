@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,15 +40,14 @@ def test_where_in_memory_a_tensor_lies_makes_no_difference(where: str, dtype: to
 
 
 @pytest.mark.parametrize("change", ["double", "bfloat16", "smaller"])
-def test_natively_a_parameter_may_become_another(change: str) -> None:
+def test_natively_a_parameter_may_become_another(change: str, sweeps: Callable[[str], None]) -> None:
     """The tables of the C++ sweeps were those of before: they wrote past the end."""
     ends = []
-    for compiled in (False, True):
+    for kind in ("eager", "native"):
+        sweeps(kind)
         torch.manual_seed(0)
         p = nn.Parameter(torch.randn(400_000))
         m = Mechanic(SGD([p], lr=1e-3))
-        if compiled:
-            m.compile()
         for t in range(6):
             if t == 2 and change == "smaller":
                 p.grad, p.data = None, p.data[:10].clone()
@@ -62,7 +62,9 @@ def test_natively_a_parameter_may_become_another(change: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["Turned", "SGD"])
-def test_natively_a_base_may_put_x_elsewhere(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_natively_a_base_may_put_x_elsewhere(
+    base: str, sweeps: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Turned(Optimizer):
         """Works on the transpose, and leaves x with its strides."""
 
@@ -80,13 +82,12 @@ def test_natively_a_base_may_put_x_elsewhere(base: str, monkeypatch: pytest.Monk
     real = Native.sweep
     monkeypatch.setattr(Native, "sweep", lambda *arguments: moves.append(real(*arguments)))
     ends = []
-    for compiled in (False, True):
+    for kind in ("eager", "native"):
+        sweeps(kind)
         torch.manual_seed(0)
         start, target = torch.randn(7, 5), torch.randn(7, 5)
         p = nn.Parameter(start.clone())
         m = Mechanic(Turned([p], 1e-2) if base == "Turned" else SGD([p], 1e-2))
-        if compiled:
-            m.compile()
         for _ in range(12):
             p.grad = (p.detach() - target).contiguous()
             m.step()
@@ -102,7 +103,6 @@ def test_natively_with_another_default_device(problem: Problem) -> None:
     for device in ("cpu", "meta"):
         parameters = problem.parameters()
         m = Mechanic(SGD(parameters, lr=0.1))
-        m.compile()
         for t in range(10):
             m.zero_grad()
             problem.loss(parameters, t).backward()
@@ -112,13 +112,12 @@ def test_natively_with_another_default_device(problem: Problem) -> None:
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_an_edit_that_exchanges_elements_which_never_moved(compiled: bool) -> None:
+@pytest.mark.parametrize("kind", ["eager", "native"])
+def test_an_edit_that_exchanges_elements_which_never_moved(kind: str, sweeps: Callable[[str], None]) -> None:
     """Experts or words in another order: they stay where the user has put them."""
+    sweeps(kind)
     e = nn.Embedding(1000, 16, _weight=torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
     m = Mechanic(SGD(e.parameters(), lr=1e-2))
-    if compiled:
-        m.compile()
 
     def step() -> None:
         m.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -139,12 +140,11 @@ def test_a_parameter_twice_in_a_group_is_refused() -> None:
     assert len(m.param_groups) == 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(compiled: bool) -> None:
+@pytest.mark.parametrize("kind", ["eager", "native"])
+def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(kind: str, sweeps: Callable[[str], None]) -> None:
+    sweeps(kind)
     p = nn.Parameter(torch.ones(5))
     m = Mechanic(SGD([p], lr=0.1, momentum=0.9))
-    if compiled:
-        m.compile()
     pulled(p, m, 5)
     p.grad, p.data = None, torch.cat([p.data, torch.ones(2)])
     with pytest.raises(

@@ -70,8 +70,6 @@ class Run:
         self.rate_raises = False
         self.base: Any = case.base(self.parameters, lr=1e-3)
         self.m = Mechanic(self.base, LambdaLR(self.base, self.rate) if case.scheduled else None)
-        if case.compiled:
-            self.m.compile()
 
     def rate(self, t: int) -> float:
         if self.rate_raises:
@@ -109,7 +107,7 @@ class Case(NamedTuple):
     steps: int = 4  # before that one
     frozen: bool = False
     scheduled: bool = False
-    compiled: bool = False
+    sweeps: str = "native"
 
     def run(self) -> Run:
         run = Run(self)
@@ -128,7 +126,9 @@ CASES = {
     "frozen": Case(AdamW, frozen=True),
     "frozen sgd": Case(Failing, frozen=True),
     "scheduled": Case(AdamW, scheduled=True),
-    "compiled": Case(AdamW, compiled=True),
+    "eager": Case(AdamW, sweeps="eager"),
+    "eager sgd bfloat16": Case(Failing, torch.bfloat16, sweeps="eager"),
+    "eager first step": Case(AdamW, steps=0, sweeps="eager"),
 }
 # A frozen step is the base's own. If the base is interrupted, it is as it would be without manic.
 LEARNING = [name for name, case in CASES.items() if not case.frozen]
@@ -301,10 +301,11 @@ PLACES: list[tuple[str, type[AtLine], Callable[[], object]]] = [
 
 
 @pytest.mark.parametrize("i", range(len(PLACES)), ids=[f"{a}-{b.__name__}-{c.__name__}" for a, b, c in PLACES])
-def test_at_every_place(i: int, request: pytest.FixtureRequest) -> None:
+def test_at_every_place(i: int, sweeps: Callable[[str], None], request: pytest.FixtureRequest) -> None:
     """Interrupt a step at each line, or torch call, that it runs. Without --every this takes a sample, another one in
     each case, from the first and the last run of each line."""
     case, at, act = PLACES[i]
+    sweeps(CASES[case].sweeps)
     oracle = Oracle(CASES[case])
     for _ in range(2):  # the first step of a process runs more lines
         undisturbed, run = at(0, act), CASES[case].run()
@@ -335,6 +336,7 @@ def at_random(base: Any, interrupt: Callable[[Run, float], object], inside: list
     assert sum(inside) > TRIES / 4, f"only {sum(inside)} of {TRIES} interrupts came during the step"
 
 
+@pytest.mark.usefixtures("both_sweeps")
 @pytest.mark.parametrize("base", [AdamW, Failing])
 def test_a_time_limit(base: Any) -> None:
     """The handler of SIGALRM raises."""
@@ -350,6 +352,7 @@ def test_a_time_limit(base: Any) -> None:
     at_random(base, limited, inside)
 
 
+@pytest.mark.usefixtures("both_sweeps")
 @pytest.mark.parametrize("base", [AdamW, Failing])
 def test_an_exception_from_another_thread(base: Any) -> None:
     inside: list[bool] = []
@@ -379,7 +382,9 @@ def test_an_exception_from_another_thread(base: Any) -> None:
 
 @pytest.mark.parametrize("when", ["pre", "post"])
 @pytest.mark.parametrize("case", LEARNING)
-def test_ctrl_c_twice_while_the_base_steps(case: str, when: str) -> None:
+def test_ctrl_c_twice_while_the_base_steps(case: str, when: str, sweeps: Callable[[str], None]) -> None:
+    sweeps(CASES[case].sweeps)
+
     def interrupt(run: Run) -> None:
         handle = getattr(run.base, f"register_step_{when}_hook")(ctrl_c_twice)
         try:
@@ -390,6 +395,7 @@ def test_ctrl_c_twice_while_the_base_steps(case: str, when: str) -> None:
     assert Oracle(CASES[case]).faults(interrupt) == ""
 
 
+@pytest.mark.usefixtures("both_sweeps")
 @pytest.mark.parametrize(("error", "half"), [(Late, False), (MemoryError, True), (torch.OutOfMemoryError, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [0, 4])

@@ -59,8 +59,8 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 }
-# Slow ones, with processes, compilers or Triton's interpreter; and what wants threads, or no frames of mutmut's.
-WITHOUT = "new_process or without_manic or killed or compile or triton or same_run or number_of_threads or callers_line"
+# Slow ones, with processes or Triton's interpreter; and what wants threads, or no frames of mutmut's.
+WITHOUT = "new_process or without_manic or killed or fork or triton or same_run or number_of_threads or callers_line"
 
 # What hypothesis finds is enough; a minute of making it smaller is not wanted.
 FIRST = """

@@ -54,7 +54,7 @@ WHOLE = [("fsdp", "fsdp", dtype) for dtype in ("float32", "bfloat16", "float16")
 WHOLE += [("fsdp", "fsdp1", "float32"), ("fsdp1", "fsdp", "float32")]
 WHOLE += [(source, target, "bfloat16") for source in ("plain", "ddp", "fsdp") for target in ("ddp", "fsdp")][:-1]
 SETTLED = [(("fsdp", 2), ("fsdp", 2)), (("fsdp", 2), ("plain", 1)), (("plain", 1), ("fsdp", 4))]
-HOW = ["eager", "compiled", "paper"]
+HOW = ["native", "eager", "paper"]
 REHEARSED = [("plain", 1, "bfloat16"), ("plain", 1, "float32"), ("fsdp", 2, "float32")]
 
 

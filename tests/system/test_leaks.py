@@ -20,12 +20,10 @@ STATM = Path("/proc/self/statm")
 pytestmark = pytest.mark.skipif(not STATM.exists(), reason="reads the size of the process from /proc")
 
 
-def build(native: bool = False, **options: Any) -> tuple[list[nn.Parameter], Mechanic]:
+def build(**options: Any) -> tuple[list[nn.Parameter], Mechanic]:
     parameters = [nn.Parameter(torch.ones(7, 5)) for _ in range(20)]
     base = torch.optim.AdamW(parameters, lr=0.1)
     mechanic = Mechanic(base, torch.optim.lr_scheduler.LambdaLR(base, lambda t: 1 / (1 + t / 1000)), **options)
-    if native:
-        mechanic.compile()
     return parameters, mechanic
 
 
@@ -108,11 +106,15 @@ def refused() -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"per_group": True, "log_every": 1, "log_func": id}, {"variant": "paper"}, {"native": True}],
-    ids=["default", "logged", "paper", "compiled"],
+    [{}, {"per_group": True, "log_every": 1, "log_func": id}, {"variant": "paper"}],
+    ids=["default", "logged", "paper"],
 )
-def test_many_steps(options: dict[str, Any], request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("kind", ["eager", "native"])
+def test_many_steps(
+    options: dict[str, Any], kind: str, sweeps: Callable[[str], None], request: pytest.FixtureRequest
+) -> None:
     """300 in the quick tests, 10,000 with --every."""
+    sweeps(kind)
     stays_flat(steps(**options), 10_000 if request.config.getoption("--every") else 300)
 
 

@@ -13,11 +13,11 @@ from manic.sweeps.eager import Group
 from manic.sweeps.native import native
 
 
-def kernels_for(device: torch.device, *, compiled: bool) -> type[Table] | None:
+def kernels_for(device: torch.device) -> type[Table] | None:
     """What there is for tensors on `device`; None: the eager sweeps."""
     if device.type == "cuda":
         return triton(device)
-    return native() if compiled and device.type == "cpu" else None
+    return native() if device.type == "cpu" else None
 
 
 @lru_cache

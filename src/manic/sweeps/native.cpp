@@ -1,4 +1,4 @@
-// The sweeps for dense tensors on the CPU: each one pass over memory. native.py builds and calls this.
+// The sweeps for dense tensors on the CPU: each one pass over memory. CMakeLists.txt builds this, native.py calls it.
 //
 // A table has one row per piece of a tensor: how many elements, then the addresses of their x, g, slot, x_t (x as it was
 // before the base's step) and rest (0: none). What is added up in one piece does not depend on the number of threads.
@@ -8,11 +8,14 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <thread>
+#include <vector>
 
 namespace {
 
 constexpr int64_t LAP = 4096;  // elements that are added up in W before the sum goes to a double
 constexpr int LANES = 16;      // sums beside each other: one or two vectors
+constexpr int64_t SHARE = 64 * 1024;  // elements that are worth another thread
 
 struct bfloat16 {
     uint16_t bits;
@@ -124,25 +127,45 @@ double move(const int64_t* row, const W* by) {
     return sum;
 }
 
+// Calls body(i) for every piece. Each thread takes about the same number of elements, in pieces beside each other; the
+// caller takes the last ones. The threads end with the call: a fork never finds any, and torch's are not touched.
 template <class Body>
-void each(int64_t pieces, int threads, Body body) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < pieces; ++i) body(i);
+void each(int64_t pieces, int threads, const int64_t* table, Body body) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < pieces; ++i) count += table[6 * i];
+    const int64_t enough = 1 + count / SHARE, parts = enough < threads ? enough : threads;
+    const auto range = [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+    };
+    std::vector<std::thread> others;
+    int64_t begin = 0, seen = 0;
+    for (int64_t part = 1; part < parts; ++part) {
+        int64_t end = begin;
+        while (seen < count / parts * part) seen += table[6 * end++];
+        try {
+            others.emplace_back(range, begin, end);
+        } catch (...) {  // the system gives no more threads
+            range(begin, end);
+        }
+        begin = end;
+    }
+    range(begin, pieces);
+    for (auto& other : others) other.join();
 }
 
 }  // namespace
 
 // The factors by their address: a Python float would have to be read from a tensor first. `moved` becomes 1 in here, so
-// that whoever is interrupted between this call and its next line knows that all is done.
+// that a caller that is interrupted before its next line can tell that all is done.
 #define SWEEPS(NAME, X, W)                                                                                           \
     extern "C" void measure_##NAME(int64_t pieces, int difference, int threads, const int64_t* table, double* sums) {\
         const auto piece = difference ? measure<true, X, W> : measure<false, X, W>;                                  \
-        each(pieces, threads, [=](int64_t i) { piece(table + 6 * i, sums + 5 * i); });                               \
+        each(pieces, threads, table, [=](int64_t i) { piece(table + 6 * i, sums + 5 * i); });                        \
     }                                                                                                                \
     extern "C" void move_##NAME(int64_t pieces, int difference, int threads, const int64_t* table, const W* motion,  \
                                 double* sums, int64_t* moved) {                                                      \
         const auto piece = difference ? move<true, X, W> : move<false, X, W>;                                        \
-        each(pieces, threads, [=](int64_t i) { sums[i] = piece(table + 6 * i, motion); });                           \
+        each(pieces, threads, table, [=](int64_t i) { sums[i] = piece(table + 6 * i, motion); });                    \
         *moved = 1;                                                                                                  \
     }
 
