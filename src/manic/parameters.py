@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -138,8 +139,13 @@ def collect(
             rest = kept.get(REST) if p.dtype in RESTS else None
             if rest is None and p.dtype in RESTS:  # the parameter has changed its dtype
                 rest = torch.zeros_like(p.detach(), dtype=RESTS[p.dtype])
-            index, member = (i if per_group else 0), float(place * 2654435761 % 2**32)
+            index, member = (i if per_group else 0), _member(place)
             yield ParamState(p, grad, sign, index, slot, rest, layout_of(p), entering, member)
+
+
+def _member(place: int) -> float:
+    """A number for the parameter at a place, such that no two sets of places have the same sum."""
+    return float(int.from_bytes(blake2b(place.to_bytes(8, "little"), digest_size=4).digest(), "little"))
 
 
 def signature(params: list[Tensor], state: Mapping[Tensor, Any]) -> tuple[Any, ...] | None:

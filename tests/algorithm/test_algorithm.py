@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -330,6 +331,16 @@ def test_which_parameters_take_part() -> None:
             members |= {one.member, other.member}
     assert len(members) == 2
     assert state == {stays: kept, never: state[never]}
+
+
+def test_no_two_sets_of_parameters_have_the_same_members() -> None:
+    """A multiple of the place, modulo 2^32, did: places 1 and 2 had the sum of place 3."""
+    params = [nn.Parameter(torch.ones(1)) for _ in range(14)]
+    for p in params:
+        p.grad = torch.ones(1)
+    members = [state.member for state in collect([{"params": params}], {}, "scale_free", per_group=False)]
+    sums = {sum(some) for n in range(15) for some in itertools.combinations(members, n)}
+    assert len(sums) == 2**14
 
 
 @pytest.mark.parametrize("variant", ["paper", "scale_free"])
