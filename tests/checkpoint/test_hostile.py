@@ -237,7 +237,7 @@ def is_loaded(given: dict[str, Any], found: dict[str, Any], before: dict[str, An
     given = wanted(given, before)
     if not any("mechanic_state" in group for group in given["param_groups"]):  # then the tuner starts afresh
         given, found = of_the_base(given), of_the_base(found)
-    given["state"] = {k: v for k, v in given["state"].items() if v != {}}
+    given, found = ({**one, "state": {k: v for k, v in one["state"].items() if v != {}}} for one in (given, found))
     options = {"mechanic_options": (dataclasses.asdict(Options()),)}
     off = [{key: group[key] for key in FLAGS if not group.get(key, True)} for group in found["param_groups"]]
     defaults = [{**group, **flags, **options} for group, flags in zip(before["param_groups"], off, strict=True)]
