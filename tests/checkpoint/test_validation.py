@@ -205,7 +205,7 @@ def test_a_tensor_in_the_shape_of_a_parameter(value: Any, p: torch.Tensor, says:
         assert says in str(found.value)
 
 
-FULL, GONE = (lambda value, *shape: torch.full(shape or (3, 2), value)), object()
+FULL, GONE = (lambda value, *shape: torch.full(shape or (3, 2), value)), "taken out"
 
 
 @pytest.mark.parametrize(

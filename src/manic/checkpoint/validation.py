@@ -70,6 +70,9 @@ def check_groups(base: Optimizer, groups: list[dict[str, Any]]) -> None:
             # torch fills in the flags that an older version did not have; a number is another optimizer's.
             if name not in saved and default is not None and not isinstance(default, bool):
                 raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
+        lost = live.keys() & set(IN_A_GROUP) - saved.keys()
+        if lost and "mechanic_scheduler" in live.keys() & saved.keys():
+            raise ValueError(f"param group {i} of the checkpoint has no {min(lost)!r}, which its scheduler needs")
         own = {"params", *(name for name in live if name.startswith("mechanic_"))}
         unset = {name for name in may_be_none if saved.get(name) is None}
         check_settings(saved, {k: v for k, v in live.items() if k not in own | unset}, f"param group {i}")
