@@ -611,6 +611,10 @@ def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
             )
         ),
         (
+            lambda s, one, other, options, plan: other.pop("initial_lr"),
+            "param group 1 of the checkpoint has no 'initial_lr', which its scheduler needs",
+        ),
+        (
             lambda s, one, other, options, plan: other.update(params=one["params"]),
             "the param groups of the checkpoint have a parameter twice: [0, 0]",
         ),
