@@ -189,8 +189,14 @@ def _check_ours(what: str, value: Any, p: Tensor, dtype: torch.dtype | None = No
     if fits and dtype is None:
         fits = (value.is_floating_point(), value.is_complex()) == (p.is_floating_point(), p.is_complex())
     _check_tensor(what, value, p, fits=fits and dtype in (None, value.dtype))
-    if not bool(local(value).isfinite().all()):
+    if not bool(_extremes(value).isfinite().all()):
         raise ValueError(f"{what} has values in the checkpoint that are not finite: it is damaged")
+
+
+def _extremes(t: Tensor) -> Tensor:
+    """The smallest and the largest value, or NaN if there is one; in no memory that grows with t."""
+    values = torch.view_as_real(local(t).detach()) if t.is_complex() else local(t).detach()
+    return torch.stack(torch.aminmax(values)) if values.numel() else values.new_zeros(2)
 
 
 def _check_tensor(what: str, value: Any, p: Tensor, *, fits: bool) -> None:
@@ -241,7 +247,7 @@ def _check_value(what: str, value: Tensor, p: Tensor) -> None:
     """Check a value of the base's state: one number, or a tensor with the sizes of p. (Adafactor's have some of 1.)"""
     sizes = value.dim() == p.dim() and all(n in (1, size) for n, size in zip(value.shape, p.shape, strict=True))
     _check_tensor(what, value, p, fits=sizes or value.dim() == 0)
-    if bool(local(value).isnan().any()):
+    if bool(_extremes(value).isnan().any()):
         raise ValueError(f"{what} has NaN in it: the checkpoint is damaged, or of a run that was lost")
     if what.startswith("step ") and not 0 <= value < math.inf:
         raise ValueError(f"{what} is {value.item()} in the checkpoint")
