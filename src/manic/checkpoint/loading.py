@@ -166,7 +166,7 @@ def load(
     for key, p in params.items():
         if state.get(key):
             base.state[p].update(_kept(state[key], live.get(p, {}), p))
-    try_out(base)
+    try_out(base, 1.0 if saved.frozen else saved.unit)
     notes = _differences(saved, record)
     if schedule.scheduler is not None and plan is not None:
         notes += differences(schedule.scheduler, plan)

@@ -215,8 +215,8 @@ def _check_tensor(what: str, value: Any, p: Tensor, *, fits: bool) -> None:
 # ---------------------------------------------------------------------- the base's own
 
 
-def try_out(base: Optimizer) -> None:
-    """Check that one of torch's own optimizers can go on with what it has loaded. Changes nothing.
+def try_out(base: Optimizer, unit: float = 1.0) -> None:
+    """Check that one of torch's own optimizers can go on, at lr / unit, with what it has loaded. Changes nothing.
 
     Raises:
         ValueError: it cannot.
@@ -233,7 +233,7 @@ def try_out(base: Optimizer) -> None:
             if isinstance(value, Tensor | int | float):
                 _check_value(f"{name} of parameter {number}", torch.as_tensor(value), p)
         try:
-            _step_a_stand_in(base, group, p, state)
+            _step_a_stand_in(base, group if "lr" not in group else {**group, "lr": group["lr"] / unit}, p, state)
         except KeyError as error:
             raise ValueError(f"the checkpoint has no {error} for parameter {number}") from error
         except WRONG as error:
