@@ -178,30 +178,32 @@ class Inside:
         """
         params, state = [p for p in self.params() if p.requires_grad], self.optimizer.state
         groups, grads, kept = [dict(group) for group in self.groups], [p.grad for p in params], dict(state)
-        copies, entering = [p.detach().clone() for p in params], params
+        copies = [p.detach().clone() for p in params]
         try:
-            for p in params:
-                if p.grad is None or bool(_values(local(p.grad)).count_nonzero()):  # DCP has set zeros itself
-                    p.grad = torch.zeros_like(p)
-            for group in self.groups:
-                if "lr" in group:
-                    group["lr"] = group["lr"] * 0
-            self.step(None, divisors)
-        except Exception:
+            try:
+                for p in params:
+                    if p.grad is None or bool(_values(local(p.grad)).count_nonzero()):  # DCP has set zeros itself
+                        p.grad = torch.zeros_like(p)
+                for group in self.groups:
+                    if "lr" in group:
+                        group["lr"] = group["lr"] * 0
+                self.step(None, divisors)
+            finally:
+                for p, grad in zip(reversed(params), reversed(grads), strict=True):
+                    p.detach().copy_(copies.pop())  # gone before the slots come
+                    p.grad = grad
+                for group, before in zip(self.groups, groups, strict=True):  # some bases count their steps here
+                    group.clear()
+                    group.update(before)
+            enter(params)
+            for t in [value for p in params for value in state.get(p, {}).values()]:
+                if isinstance(t, Tensor) and t.is_floating_point():  # 0/0, where a float16 eps is 0
+                    local(t).nan_to_num_(0.0)
+        except BaseException as error:  # state without slots would pass for that of steps that counted
             state.clear()
             state.update(kept)
-            entering = []
-        finally:
-            for p, grad in zip(reversed(params), reversed(grads), strict=True):
-                p.detach().copy_(copies.pop())  # gone before the slots come
-                p.grad = grad
-            for group, before in zip(self.groups, groups, strict=True):  # some bases count their steps here
-                group.clear()
-                group.update(before)
-        enter(entering)
-        for t in [value for p in entering for value in state.get(p, {}).values()]:
-            if isinstance(t, Tensor) and t.is_floating_point():  # 0/0, where a float16 eps is 0
-                local(t).nan_to_num_(0.0)
+            if not isinstance(error, Exception):
+                raise
 
     # ------------------------------------------------------------------ in the middle of a step
 

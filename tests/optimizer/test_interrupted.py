@@ -205,3 +205,23 @@ def test_a_first_step_that_came_to_nothing_is_a_first_step(when: str) -> None:
         pulled(p, m, 10 - (when == "raised" and disturbed) * 10)
         ends.append([p.detach().clone(), m.state[p]["step"], m._run.read("ref_sq")])
     assert same(*ends)
+
+
+def test_an_interrupted_state_dict_before_the_first_step_leaves_no_state(problem: Problem) -> None:
+    """State of the base without slots passed for that of steps that counted: AdamW went on from its second step."""
+    ends = []
+    for interrupted in (False, True):
+        parameters = problem.parameters()
+        m = Mechanic(AdamW(parameters, lr=0.1))
+        if interrupted:
+
+            def stop(*_: Any) -> None:
+                raise KeyboardInterrupt
+
+            handle = m.base_optimizer.register_step_post_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                m.state_dict()
+            handle.remove()
+        problem.train(parameters, m, 5)
+        ends.append(flat(parameters).detach())
+    assert torch.equal(*ends)
