@@ -223,7 +223,12 @@ def try_out(base: Optimizer, unit: float = 1.0) -> None:
     """
     if not type(base).__module__.startswith("torch.optim") or isinstance(base, LBFGS):  # which wants a closure
         return
-    for number, (group, p) in enumerate((own, p) for own in base.param_groups for p in own["params"]):
+    groups = [{**own, "lr": own["lr"] / unit} if "lr" in own else own for own in base.param_groups]
+    # Its constructor knows the ranges of all options. (Some schedules make the lr negative.)
+    known = inspect.signature(type(base)).parameters.keys() - {"params", "lr"}
+    options = [{name: value for name, value in group.items() if name in known} for group in groups]
+    members = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
+    for number, (i, p) in enumerate(members):
         plain = type(local(p)) in (Tensor, torch.nn.Parameter) and not p.is_meta
         # A part of a parameter has nothing to do with Adafactor's rows and columns of the whole.
         if p not in base.state or not plain or (isinstance(base, Adafactor) and shards(layout_of(p)) > 1):
@@ -233,7 +238,7 @@ def try_out(base: Optimizer, unit: float = 1.0) -> None:
             if isinstance(value, Tensor | int | float):
                 _check_value(f"{name} of parameter {number}", torch.as_tensor(value), p)
         try:
-            _step_a_stand_in(base, group if "lr" not in group else {**group, "lr": group["lr"] / unit}, p, state)
+            _step_a_stand_in(base, groups[i], options[i], p, state)
         except KeyError as error:
             raise ValueError(f"the checkpoint has no {error} for parameter {number}") from error
         except WRONG as error:
@@ -253,8 +258,12 @@ def _check_value(what: str, value: Tensor, p: Tensor) -> None:
         raise ValueError(f"{what} is {value.item()} in the checkpoint")
 
 
-def _step_a_stand_in(base: Optimizer, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+def _step_a_stand_in(
+    base: Optimizer, group: dict[str, Any], options: dict[str, Any], p: Tensor, state: dict[str, Any]
+) -> None:
     """Step the first two elements of p in each of its dimensions, with those of its state, as the base would.
+
+    `options`: what of the group the constructor takes.
 
     Raises:
         KeyError: the state lacks something.
@@ -264,9 +273,7 @@ def _step_a_stand_in(base: Optimizer, group: dict[str, Any], p: Tensor, state: d
     small.grad = torch.ones_like(small)
     if isinstance(base, SparseAdam):
         small.grad = small.grad.to_sparse()
-    # Its constructor knows the ranges of all options. (Some schedules make the lr negative.)
-    known = inspect.signature(type(base)).parameters.keys() - {"params", "lr"}
-    stand_in = type(base)([small], **{name: value for name, value in group.items() if name in known})
+    stand_in = type(base)([small], **options)
     stand_in.param_groups[0].update({**group, "params": [small]})
     stand_in.state.clear()
     if state:
