@@ -77,8 +77,8 @@ def rows_of(data: Data, size: int, seed: int) -> Data:
     return x[rows], y[rows]
 
 
-def text(seed: int, *, part: int = 0) -> Data:
-    characters = chargpt.batch(chargpt.corpus()[part], seed)
+def text(seed: int, *, part: int = 0, source: Callable[[], Data] = chargpt.corpus) -> Data:
+    characters = chargpt.batch(source()[part], seed)
     return characters[:, :-1], characters[:, 1:]
 
 
@@ -123,8 +123,8 @@ def mlp() -> nn.Module:
 digits, diabetes = (lambda: [bundled("digits")[1]]), (lambda: [bundled("diabetes")[1]])
 
 
-def pages() -> list[Data]:
-    return [text(seed, part=1) for seed in range(16)]
+def pages(source: Callable[[], Data] = chargpt.corpus) -> list[Data]:
+    return [text(seed, part=1, source=source) for seed in range(16)]
 
 
 # ---------------------------------------------------------------------- fine-tuning
@@ -163,19 +163,10 @@ def prose() -> tuple[Tensor, Tensor]:
     """Training and validation text of Python's language reference, as it lies in the standard library."""
     from pydoc_data.topics import topics
 
-    known = {character: i for i, character in enumerate(chargpt.VOCABULARY)}
-    found = torch.tensor([known[c] for page in topics.values() for c in page if c in known])
-    cut = len(found) * 9 // 10
-    return found[:cut], found[cut:]
+    return chargpt.divided(chargpt.indices("".join(topics.values())))
 
 
-def prose_batch(seed: int, *, part: int = 0) -> Data:
-    characters = chargpt.batch(prose()[part], seed)
-    return characters[:, :-1], characters[:, 1:]
-
-
-def chapters() -> list[Data]:
-    return [prose_batch(seed, part=1) for seed in range(16)]
+prose_batch, chapters = partial(text, source=prose), partial(pages, prose)
 
 
 def half(high: bool, part: int = 0) -> Data:
@@ -300,7 +291,6 @@ class Trigrams(nn.Module):
 
 
 WHOLE = (("AdamW", "cosine"), ("AdamW", "linear"), ("momentum", "constant"))
-THIN = (("AdamW", "cosine"), ("AdamW", "constant"))
 BOTH = (("AdamW", "constant"), ("AdamW", "cosine"))
 ALONE = (("SGD", "constant"), ("momentum", "cosine"), ("AdamW", "cosine"))
 MATRICES = (("Muon + AdamW", "constant"), ("Muon + AdamW", "cosine"))
@@ -322,10 +312,10 @@ TASKS = {
         *(partial(with_a_new_head, cnn, thin=False), cross_entropy, partial(half_batch, True), high_digits),
         *(200, "fine-tuning", "report", WHOLE),
     ),
-    "LoRA GPT": Task(lambda: adapted(tuned_gpt()), cross_entropy, prose_batch, chapters, 300, "LoRA", "dev", THIN),
+    "LoRA GPT": Task(lambda: adapted(tuned_gpt()), cross_entropy, prose_batch, chapters, 300, "LoRA", "dev", BOTH),
     "LoRA MLP": Task(
         *(partial(with_a_new_head, wide_mlp, thin=True), cross_entropy, partial(half_batch, True), high_digits),
-        *(200, "LoRA", "report", THIN),
+        *(200, "LoRA", "report", BOTH),
     ),
     "diffusion MLP": Task(partial(Denoiser, False), squared_error, noised, noised_pages, 1500, "noise", "dev", BOTH),
     "diffusion CNN": Task(partial(Denoiser, True), squared_error, noised, noised_pages, 1000, "noise", "report", BOTH),

@@ -16,18 +16,28 @@ VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
 CONTEXT = 64
 
 
-@cache
-def corpus(size: int = 2_000_000) -> tuple[Tensor, Tensor]:
-    """Training and validation text, as int64 indices into VOCABULARY; other characters are left out."""
+def indices(text: str) -> list[int]:
+    """Indices into VOCABULARY; other characters are left out."""
     index = {character: i for i, character in enumerate(VOCABULARY)}
-    indices: list[int] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        indices.extend(index[c] for c in path.read_text(encoding="utf-8", errors="ignore") if c in index)
-        if len(indices) >= size:
-            break
-    text = torch.tensor(indices[:size])
+    return [index[c] for c in text if c in index]
+
+
+def divided(found: list[int]) -> tuple[Tensor, Tensor]:
+    """Training text, and a tenth for validation, int64."""
+    text = torch.tensor(found)
     cut = len(text) * 9 // 10
     return text[:cut], text[cut:]
+
+
+@cache
+def corpus(size: int = 2_000_000) -> tuple[Tensor, Tensor]:
+    """Training and validation text, as int64 indices into VOCABULARY."""
+    found: list[int] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        found.extend(indices(path.read_text(encoding="utf-8", errors="ignore")))
+        if len(found) >= size:
+            break
+    return divided(found[:size])
 
 
 def batch(text: Tensor, seed: int, size: int = 16) -> Tensor:
