@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests. What they train is in support/training.py."""
+"""Options and fixtures of all tests. support/training.py holds the problem that they train."""
 
 from __future__ import annotations
 

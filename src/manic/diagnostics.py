@@ -136,8 +136,8 @@ def findings(
 
 
 def _of_one(tuner: TunerState, options: Options, of: str, first: bool) -> Iterator[tuple[str, str]]:
-    """What the state of one learned scale tells. A scale may come back to its start at the minimum, so only the
-    `first` look asks whether it has left it."""
+    """Find what is wrong by the state of one learned scale. A scale may come back to its start at the minimum, so
+    only the `first` look asks whether it has left it."""
     steps, scale, update_norm = float(tuner.steps), float(tuner.scale), float(tuner.update_norm)
     size, away = 1 + math.sqrt(tuner.ref_sq), scale * float(tuner.delta_norm)
     if steps >= 10 and update_norm == 0:

@@ -46,7 +46,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def slots(case: Case) -> dict[str, torch.dtype]:
-    """What a state dict of format 2 has for a parameter that has stepped."""
+    """The keys that a state dict of format 2 has for a parameter that has stepped."""
     if case.frozen_at is not None:
         return {}
     name = "mechanic_delta" if case.variant == "paper" else "mechanic_ref"

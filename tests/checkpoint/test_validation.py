@@ -230,7 +230,7 @@ FULL, GONE = (lambda value, *shape: torch.full(shape or (3, 2), value)), "taken 
     ids=repr,
 )
 def test_a_value_in_the_state_of_the_base(base: str, name: str, value: Any, fits: bool) -> None:
-    """What the base can step with is loaded."""
+    """The loader accepts what the base can step with."""
 
     def build() -> Mechanic:
         p = nn.Parameter(torch.ones(3, 2))

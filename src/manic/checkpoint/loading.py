@@ -178,7 +178,7 @@ def load(
 
 
 def _differences(saved: Record, here: Record) -> list[str]:
-    """What a Mechanic was built with, and loses to a checkpoint."""
+    """List the options that a checkpoint replaces, and what becomes of the schedulers."""
     theirs, ours = dataclasses.asdict(saved.options), dataclasses.asdict(here.options)
     notes = [f"{name} = {theirs[name]!r} replaces {ours[name]!r}" for name in ours if theirs[name] != ours[name]]
     if saved.scheduler is not None and here.scheduler is None:

@@ -133,7 +133,7 @@ def _measure(piece: Piece, difference: bool) -> list[Tensor]:
 
 
 def _measure_rows(state: ParamState, difference: bool) -> Tensor:
-    """What the rows that a sparse gradient stores add to <d,g> and ‖g‖²: [1, COLUMNS]."""
+    """Sum up <d,g> and ‖g‖² over the rows that a sparse gradient stores: [1, COLUMNS]."""
     grad = state.grad.coalesce()  # type: ignore[union-attr]
     rows = tuple(grad.indices())
     tensors = {"param": state.param.detach(), "slot": state.slot, "rest": state.rest}
@@ -148,7 +148,7 @@ def _measure_rows(state: ParamState, difference: bool) -> Tensor:
 def _move(
     states: Sequence[ParamState], piece: Piece, difference: bool, motion: Tensor
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """What is to be written where, and ‖u‖², 0-d."""
+    """Work out what to write where, and ‖u‖², 0-d."""
     x_delta, x_update, slot_delta, slot_update = motion
     dtype = piece.slot.dtype
     u = (piece.param.to(dtype) - piece.before).nan_to_num_(0.0, 0.0, 0.0)  # 0 where it is not finite
