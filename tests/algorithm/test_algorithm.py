@@ -34,7 +34,7 @@ from manic.parameters import (
     split,
 )
 from manic.sweeps import eager
-from manic.sweeps.passes import ENTERED_SQ, MEMBERS, NUMEL, Passes, _alike, grouped
+from manic.sweeps.passes import ENTERED_SQ, MEMBERS, NUMEL, Passes, _alike
 from manic.tuner import Sums
 
 
@@ -283,16 +283,6 @@ def test_what_counts_of_an_update() -> None:
     one = a_state(5, param=nn.Parameter(given.clone()))
     eager.Group([one], True, torch.zeros(5)).move(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert one.param.tolist() == pytest.approx([0, 0, 0, 1e38, -2])
-
-
-def test_small_tensors_are_taken_together() -> None:
-    """As many as fill PACKED, and not one element more; large and empty ones are alone."""
-    sizes = [eager.SMALL] * 5 + [eager.SMALL + 1, 0, 1]
-    groups = grouped([a_state(n) for n in sizes])
-    found = sorted([one.param.numel() for one in group.states] for group in groups)
-    assert found == [[0], [eager.SMALL, 1], [eager.SMALL] * 4, [eager.SMALL + 1]]
-    assert sorted(group.numel for group in groups) == sorted(map(sum, found))
-    assert 4 * eager.SMALL == eager.PACKED
 
 
 def test_sums_by_learned_scale() -> None:
@@ -621,18 +611,3 @@ def test_float32_would_not_hold_the_betas() -> None:
     assert abs((1 - torch.tensor(0.999999, dtype=torch.float32).double().item()) / 1e-6 - 1) > 0.01
     p = nn.Parameter(torch.ones(3))
     assert Mechanic(torch.optim.SGD([p], lr=0.1))._run._mode._betas[-1].item() == 0.999999
-
-
-def test_putting_many_small_tensors_together_looks_at_each_a_few_times() -> None:
-    looks = 0
-
-    class Watched(ParamState):
-        def __getattribute__(self, name: str) -> Any:
-            nonlocal looks
-            looks += name == "slot"
-            return super().__getattribute__(name)
-
-    watched = [Watched(*(vars(a_state(1))[name] for name in ("param", "grad", "sign", "index", "slot")))] * 1000
-    (group,) = grouped(watched)
-    assert len(group.states) == group.numel == 1000
-    assert looks < 10 * 1000

@@ -73,7 +73,7 @@ class Table(Group, ABC):
     def move(self, motion: Tensor) -> list[Tensor]:
         """As that of a Group, which does it if the base has put x into other memory than the table says."""
         if not self._instead and [t.data_ptr() for t in column(self.states, "param")] != self._addresses[0]:
-            pairs = zip(self.states, self._before(), strict=True)
+            pairs = zip(self.states, self.before(), strict=True)
             self._instead = [Group([state], self.difference, before) for state, before in pairs]
         if self._instead:
             return [update_sq for group in self._instead for update_sq in group.move(motion)]
@@ -85,7 +85,7 @@ class Table(Group, ABC):
         super().release()
         self._instead = []
 
-    def _before(self) -> list[Tensor]:
+    def before(self) -> list[Tensor]:
         assert self._aside is not None
         slots = zip(column(self.states, "slot"), self._places, strict=True)
         return [self._aside.as_strided(slot.shape, slot.stride(), place) for slot, place in slots]

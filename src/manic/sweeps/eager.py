@@ -1,7 +1,7 @@
 """The sweeps in torch's own operations: for every kind of parameter, on every device.
 
-They go through the elements in cache-sized pieces: stretches of a large tensor, or small tensors end to end. A piece is
-worked on in the dtype of the slot (float32, or float64 for float64 parameters).
+They take one parameter at a time, in cache-sized pieces. A piece is worked on in the dtype of the slot (float32, or
+float64 for float64 parameters).
 
 A sweep knows no law and no variant. With y the slot, d = x - y (x_ref is kept) or d = y (Δ is kept), and a move is
 x += a·d + s·u and y += e·d + f·u.
@@ -17,17 +17,12 @@ from torch import Tensor
 
 from manic.parameters import ParamState, column, join, local, split
 
-end_to_end: Any = torch._utils._flatten_dense_tensors
-apart: Any = torch._utils._unflatten_dense_tensors
-
 COLUMNS = 5  # of what measure() yields: <d,g>, <d,x>, ‖g‖², ‖x‖², ‖d‖²
 PIECE = 64 * 1024  # elements: some float32 pieces fit in a core's L2 cache, and a float32 sum keeps its digits
-SMALL = PIECE // 8  # elements up to which tensors are laid end to end, in copies
-PACKED = PIECE // 2  # elements of such a piece: with those of the piece before it that is a megabyte of copies
 
 
 class Piece(NamedTuple):
-    """Elements of one tensor, or small tensors end to end; complex numbers as pairs of real ones."""
+    """Elements of one parameter: views; complex numbers as pairs of real ones."""
 
     param: Tensor
     slot: Tensor
@@ -40,7 +35,7 @@ class Group:
     """Parameters that the sweeps take together: alike in layout, learned scale, dtypes and device.
 
     Args:
-        states: one parameter, or small ones that are to lie end to end.
+        states: the parameters; one, unless a subclass takes several.
         difference: the slot is x_ref, and d = x - x_ref. False: the slot is Δ, which is d.
         aside: x_t, where it has been put aside already.
     """
@@ -55,10 +50,10 @@ class Group:
     def measure(self) -> Tensor:
         """Put x_t aside, and sum up every piece, and the rows of a sparse gradient: [n, COLUMNS]."""
         self._moves = []
-        params = self._params()
+        param = local(self.first.param).detach()
         if self._aside is None:
-            self._aside = end_to_end(params) if len(params) > 1 else torch.empty_like(params[0])
-        torch._foreach_copy_(self._before(), params)
+            self._aside = torch.empty_like(param)
+        self._aside.copy_(param)
         sums = [value for piece in self.pieces() for value in _measure(piece, self.difference)]
         none = local(self.first.slot).new_zeros((), dtype=torch.float32)
         found = torch.stack(sums or [none] * COLUMNS).view(-1, COLUMNS)
@@ -81,7 +76,7 @@ class Group:
         """
         for i, piece in enumerate(self.pieces()):
             if i == len(self._moves):
-                self._moves.append(_move(self.states, piece, self.difference, motion))
+                self._moves.append(_move(piece, self.difference, motion))
             writes, _ = self._moves[i]
             if writes:
                 torch._foreach_copy_([place for place, _ in writes], [value for _, value in writes])
@@ -90,7 +85,7 @@ class Group:
 
     def restore(self) -> None:
         """Put x_t back into the parameters."""
-        torch._foreach_copy_(self._params(), self._before())
+        torch._foreach_copy_([param.detach() for param in column(self.states, "param")], self.before())
 
     def release(self) -> None:
         """Let go of the gradients; and of x_t, but on the CPU, where fresh pages cost as much as the pass."""
@@ -101,23 +96,16 @@ class Group:
 
     def pieces(self) -> Iterator[Piece]:
         """All elements, in the same pieces in every call."""
-        grad, rest = self.first.grad, self.first.rest
-        names = ["param", "slot", *(["rest"] if rest is not None else [])]
-        names += ["grad"] if grad is not None and not grad.is_sparse else []
-        columns = {name: [t.detach() for t in column(self.states, name)] for name in names}
-        assert self._aside is not None
-        if len(self.states) > 1:
-            yield Piece(**{name: end_to_end(tensors) for name, tensors in columns.items()}, before=self._aside)
-        else:
-            yield from _cut_up(**{name: t for name, (t,) in columns.items()}, before=self._aside)
+        one = self.first
+        grad = one.grad if one.grad is not None and not one.grad.is_sparse else None
+        tensors = {"param": one.param, "slot": one.slot, "rest": one.rest, "grad": grad}
+        present = {name: local(t).detach() for name, t in tensors.items() if t is not None}
+        yield from _cut_up(**present, before=self.before()[0])
 
-    def _params(self) -> list[Tensor]:
-        return [param.detach() for param in column(self.states, "param")]
-
-    def _before(self) -> list[Tensor]:
-        """x_t of each parameter: views."""
+    def before(self) -> list[Tensor]:
+        """x_t of each parameter, as it was put aside: views."""
         assert self._aside is not None
-        return apart(self._aside, column(self.states, "slot")) if len(self.states) > 1 else [self._aside]
+        return [self._aside]
 
 
 def _measure(piece: Piece, difference: bool) -> list[Tensor]:
@@ -145,9 +133,7 @@ def _measure_rows(state: ParamState, difference: bool) -> Tensor:
     return sums
 
 
-def _move(
-    states: Sequence[ParamState], piece: Piece, difference: bool, motion: Tensor
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _move(piece: Piece, difference: bool, motion: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Work out what to write where, and ‖u‖², 0-d."""
     x_delta, x_update, slot_delta, slot_update = motion
     dtype = piece.slot.dtype
@@ -161,13 +147,8 @@ def _move(
     update_sq = torch.dot(row, row)
     del u, x, row  # a step is to hold little at a time
     stored, rest = split(moved, piece.param.dtype)
-    writes: list[tuple[Tensor, Tensor]] = []
-    for name, value in (("param", stored), ("slot", slot), ("rest", rest)):
-        if value is not None and len(states) > 1:
-            writes += zip(places := column(states, name), apart(value, places), strict=True)
-        elif value is not None:
-            writes.append((getattr(piece, name), value))
-    return writes, update_sq
+    pairs = ((piece.param, stored), (piece.slot, slot), (piece.rest, rest))
+    return [(place, value) for place, value in pairs if place is not None and value is not None], update_sq
 
 
 def _row(t: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 
 from manic.parameters import Layout, ParamState, local, wide
-from manic.sweeps import eager
 from manic.sweeps.base import Table
+from manic.sweeps.eager import Group
 from manic.tuner import Sums
 
 # The first five columns of the sums are what the pieces yield.
@@ -109,36 +109,22 @@ class Passes:
             group.release()
 
 
-def grouped(
-    states: Sequence[ParamState], difference: bool = True, kernels: Choice = lambda _: None
-) -> list[eager.Group]:
-    """Parameters that `kernels` of their device can take, all of a kind together; of the others the large ones for
-    themselves, and small ones of a kind in groups of at most PACKED elements."""
-    alone: list[list[ParamState]] = []
-    small: list[list[ParamState]] = []
-    unfilled: dict[Any, tuple[list[ParamState], int]] = {}  # the last of each kind, and its room
-    fast: dict[Any, tuple[type[Table], list[ParamState]]] = {}
+def grouped(states: Sequence[ParamState], difference: bool = True, kernels: Choice = lambda _: None) -> list[Group]:
+    """The parameters that `kernels` of their device can take, all of a kind together; each of the others by itself."""
+    alone: list[Group] = []
+    tables: dict[Any, tuple[type[Table], list[ParamState]]] = {}
     for state in states:
-        if state.grad is None or state.grad.is_sparse or state.slot.is_complex():
-            alone.append([state])
-            continue
+        assert state.grad is not None
         param, grad, slot = map(local, (state.param, state.grad, state.slot))
         others = [slot] if state.rest is None else [slot, local(state.rest)]
-        dtype, numel, here = param.dtype, slot.numel(), kernels(slot.device)
-        kind = state.index, state.sign, state.entering, state.layout, slot.device, dtype, grad.dtype, slot.dtype
-        if here is not None and dtype in here.dtypes and slot.dtype == wide(dtype) and _alike(param, grad, *others):
-            fast.setdefault(kind, (here, []))[1].append(state)
-        elif numel > eager.SMALL or numel == 0:  # torch 2.6 cannot take empty tensors apart
-            alone.append([state])
+        here = None if grad.is_sparse or slot.is_complex() else kernels(slot.device)
+        fits = here is not None and param.dtype in here.dtypes and slot.dtype == wide(param.dtype)
+        if here is not None and fits and _alike(param, grad, *others):
+            kind = state.index, state.sign, state.entering, state.layout, slot.device, param.dtype
+            tables.setdefault(kind, (here, []))[1].append(state)
         else:
-            group, room = unfilled.get(kind, ([], 0))
-            if numel > room:
-                group, room = [], eager.PACKED
-                small.append(group)
-            group.append(state)
-            unfilled[kind] = group, room - numel
-    tables = [here(group, difference) for here, group in fast.values()]
-    return [*(eager.Group(group, difference) for group in alone + small), *tables]
+            alone.append(Group([state], difference))
+    return [*alone, *(here(group, difference) for here, group in tables.values())]
 
 
 def _alike(x: Tensor, g: Tensor, *others: Tensor) -> bool:
