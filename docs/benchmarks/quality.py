@@ -317,15 +317,14 @@ def changed(options: dict[str, Any] | None = None, **constants: float) -> Conten
 
 
 ABLATION = {
-    "Δ = Σu: no forgetting": changed(PEAK=math.inf),
-    "Δ forgets while the lr falls too": changed(PEAK=0.0),
-    "x is drawn back by every fall": changed(SLACK=1.0),
-    "x is never drawn back": changed(SLACK=1e-30),
-    "every update is followed": changed(WILD=math.inf),
-    "S falls by any factor": changed(FALL=math.inf),
-    "|h| and ‖g‖ are remembered in full": changed(SURPRISE=math.inf),
+    "Δ = Σu: no forgetting": changed(MEMORY=0.0),
+    "update j weighs as much as j in Δ": changed(MEMORY=1.0),
+    "every fall of S in full": changed(PATIENCE=1e30),
+    "no fall of S but by records": changed(PATIENCE=0.0),
+    "every h > 0 is a record": changed(RECORD=0.0),
+    "no h is a record": changed(RECORD=math.inf),
+    "every update is followed, |h| and ‖g‖ count in full": changed(SURPRISE=math.inf),
     "no caution: h/√v": changed(CAUTION=0.0),
-    "one memory: β = 0.999999": changed({"betas": (0.999999,)}),
     "λ = 0": changed({"s_decay": 0.0}),
     "start ten times higher": changed(START=1e-2),
     "start ten times lower": changed(START=1e-4),

@@ -65,7 +65,7 @@ def text(path: Path, found: Found) -> str:
     for owner, tuner in zip(look.owners, look.tuners, strict=True):
         lines.append(f"  accumulators{owner and ' of group '}{owner}: h {tuner.h:.3g}, outliers {tuner.outliers:.0f}")
         lines.append(f"    {'beta':>10} {'m':>10} {'v':>10} {'r':>10} {'s':>10}")
-        for beta, *values in zip(look.options.betas, *(field.tolist() for field in tuner[:4]), strict=True):
+        for beta, *values in zip(look.options.memories, *(field.tolist() for field in tuner[:4]), strict=True):
             lines.append(f"    {beta:>10g} " + " ".join(f"{value:>10.3g}" for value in values))
     sizes = ", ".join(f"{name} {size:,} B" for name, size in found.sizes.items())
     lines.append(f"  {found.tensors} tensors of {found.numel:,} elements in all; {sizes}")

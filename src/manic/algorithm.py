@@ -49,7 +49,7 @@ class Learner:
         self.fresh = fresh
         self._starting = 3 if record.options.variant == "scale_free" else 0  # steps in which some S may still be 0
         self._passes: tuple[Any, Passes] | None = None  # of the last step, and by what they are known again
-        self._betas = torch.tensor(record.options.betas, dtype=precise(device), device=device)
+        self._betas = torch.tensor(record.options.memories, dtype=precise(device), device=device)
 
     @property
     def divisors(self) -> list[float]:
@@ -110,12 +110,12 @@ class Learner:
 
     @disable_dynamo
     def _measure(self, passes: Passes) -> Tensor:
-        """The global sums at x_t: [k, 9], columns as in ``manic.tuner.Sums``."""
-        update_sq = self.read("update_sq")
-        total = torch.zeros(len(update_sq), len(Sums._fields), dtype=update_sq.dtype, device=update_sq.device)
-        for i, (layout, part) in enumerate(passes.measure(update_sq)):
+        """The global sums at x_t: [k, 10], columns as in ``manic.tuner.Sums``."""
+        shares = self._shares()
+        total = torch.zeros(len(shares), len(Sums._fields), dtype=shares.dtype, device=shares.device)
+        for i, (layout, part) in enumerate(passes.measure(shares)):
             if i == 0:
-                part[:, -1] = update_sq
+                part[:, -2:] = shares
             total += over_mesh(part, layout)
         return over_group(total, self.process_group)
 
@@ -144,11 +144,12 @@ class Learner:
     @disable_dynamo
     def _finish(self, passes: Passes, new: list[TunerState], motion: Tensor, ok: Tensor) -> None:
         """Complete a step after the base's. It may be interrupted anywhere, and called again."""
-        update_sq = torch.where(ok, self._update_sq(passes.move(motion)), self.read("update_sq"))
+        shares = torch.where(ok, self._added(passes.move(motion)), self._shares())
         self._put(passes.states)
-        new = [state._replace(update_sq=u) for state, u in zip(new, update_sq, strict=True)]
+        new = [state._replace(update_sq=u, left_sq=d) for state, (u, d) in zip(new, shares, strict=True)]
         if self._starting:  # while S is 0, a checkpoint must know ‖u‖ of the whole model, which no later sum tells
-            total = over_group(over_mesh(update_sq.clamp_min(0), self.base.layouts()[0]), self.process_group).sqrt()
+            update_sq = shares[:, 0].clamp_min(0)
+            total = over_group(over_mesh(update_sq, self.base.layouts()[0]), self.process_group).sqrt()
             new = [
                 state._replace(update_norm=torch.where(state.scale > 0, state.update_norm, norm))
                 for state, norm in zip(new, total, strict=True)
@@ -157,8 +158,12 @@ class Learner:
         self._starting = max(self._starting - 1, 0)
         self.fresh &= not passes.states
 
-    def _update_sq(self, parts: dict[Layout, Tensor]) -> Tensor:
-        """This process's share of ‖u_t‖², [k].
+    def _shares(self) -> Tensor:
+        """This process's shares of ‖u‖² of the last step, and of ‖d‖² of where it left x: [k, 2]."""
+        return torch.stack([self.read("update_sq"), self.read("left_sq")], 1)
+
+    def _added(self, parts: dict[Layout, Tensor]) -> Tensor:
+        """As ``_shares()``, of this step.
 
         The next step adds them up over the first layout's shards. A tensor that is whole on each gives a fraction.
         """
@@ -261,19 +266,19 @@ def tune(
         sums: the global sums at x_t.
         ok: 0-d bool. False: the sums are not finite. Then nothing moves, and the state changes only in the count of
             skipped steps and the norm of the parameters that entered.
-        betas: ``options.betas`` as a [n] tensor on the state's device.
+        betas: ``options.memories`` as a [n] tensor on the state's device.
         options: variant, s_decay, s_init, eps.
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
         lr: 0-d, the lr of this step over the base lr.
 
     Returns:
-        the new state, with the old ``update_sq``, and the motion.
+        the new state, with the old ``update_sq`` and ``left_sq``, and the motion.
     """
     ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
     if options.variant == "paper":
         new, motion = paper(old, sums, betas, options)
     else:
-        new, motion = scale_free(old._replace(ref_sq=ref_sq), sums, betas, options, unit, lr)
+        new, motion = scale_free(old._replace(ref_sq=ref_sq), sums, options, unit, lr)
     new = new._replace(members=sums.members, numel=sums.numel, steps=old.steps + 1)
     kept = TunerState(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
     return (
@@ -332,7 +337,7 @@ def _flats(groups: Sequence[dict[str, Any]], options: Options) -> list[Tensor]:
 
 def stored(groups: Sequence[dict[str, Any]], options: Options) -> list[TunerState]:
     """The state of every learned scale that param groups hold: one, or one per group; live views."""
-    return [TunerState.unpack(flat, len(options.betas)) for flat in _flats(groups, options)]
+    return [TunerState.unpack(flat, len(options.memories)) for flat in _flats(groups, options)]
 
 
 def field_of(tuners: Sequence[TunerState], name: str) -> Tensor:
@@ -342,7 +347,7 @@ def field_of(tuners: Sequence[TunerState], name: str) -> Tensor:
 
 def fresh_state(options: Options, device: torch.device) -> Tensor:
     """A new ``mechanic_state``."""
-    return torch.zeros(TunerState.size(len(options.betas)), dtype=precise(device), device=device)
+    return torch.zeros(TunerState.size(len(options.memories)), dtype=precise(device), device=device)
 
 
 def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) ->
     rates = [group.get("lr", 1.0) for group in groups]
     tensors = [groups[0]["mechanic_step"], *(lr for lr in rates if isinstance(lr, Tensor))]
     together = torch.cat([*flats, *(t.to(flats[0]).reshape(1) for t in tensors)]).cpu()
-    size = TunerState.size(len(options.betas))
+    size = TunerState.size(len(options.memories))
     parts = together[: size * len(flats)].view(-1, size)
     step, *values = together[size * len(flats) :].tolist()
     numbers = iter(values)
     lrs = [next(numbers) if isinstance(lr, Tensor) else float(lr) for lr in rates]
-    tuners = [TunerState.unpack(part, len(options.betas)) for part in parts]
+    tuners = [TunerState.unpack(part, len(options.memories)) for part in parts]
     return Snapshot(int(step) + int(tuners[0].skipped), options, unit, names_of(groups), lrs, tuners)
 
 
@@ -127,7 +127,7 @@ def findings(
         for kind, message in _of_one(tuner, look.options, of, first):
             yield kind + of, message
         outliers = int(tuner.outliers - before.outliers)
-        if since >= 10 and outliers >= since / 10:
+        if since >= 10 and outliers >= max(2, since / 10):
             yield (
                 f"outliers{of}",
                 f"in {outliers} of the last {since} steps no update followed the gradient{of}, since ⟨Δ, g⟩ was far "

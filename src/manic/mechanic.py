@@ -42,11 +42,11 @@ class Mechanic(Wrapper):
 
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
-    ``mechanic_state`` (float64 [4n + 17], see ``manic.tuner.TunerState``), ``mechanic_step`` (float32 []),
-    ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple). In ``state[p]``, from p's first step on, it
-    keeps one tensor of p's shape, float32 or better: ``mechanic_ref`` (x_ref; ``"paper"``: ``mechanic_delta``, Δ), and
-    for bfloat16 and float16 parameters ``mechanic_rest``: the digits of x that they cannot hold, as int16 (whose bits a
-    state dict holds as bfloat16) and float32.
+    ``mechanic_state`` (float64 [4n + 19], see ``manic.tuner.TunerState``; n = 1 in ``"scale_free"``),
+    ``mechanic_step`` (float32 []), ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple). In
+    ``state[p]``, from p's first step on, it keeps one tensor of p's shape, float32 or better: ``mechanic_ref`` (x_ref;
+    ``"paper"``: ``mechanic_delta``, Δ), and for bfloat16 and float16 parameters ``mechanic_rest``: the digits of x that
+    they cannot hold, as int16 (whose bits a state dict holds as bfloat16) and float32.
 
     Args:
         base_optimizer: an optimizer that is already built, on any lr.
@@ -54,7 +54,8 @@ class Mechanic(Wrapper):
             step it yourself. A scheduler that you step yourself may be built on either optimizer instead.
         variant: ``"scale_free"`` gives the same run at every base lr: the base works at lr / base lr, and the log
             of the scale follows the sign and the relative size of h. ``"paper"`` is Algorithm 1 to the letter.
-        betas: decay of each of the n accumulators, in [0, 1]. None: the six of the paper.
+        betas: decay of each of the n accumulators of ``"paper"``, in [0, 1]. None: the six of the paper.
+            ``"scale_free"`` has one accumulator, which forgets nothing.
         s_decay: λ, >= 0.
         s_init: the first scale, > 0. None: 1e-8 (``"paper"``), or the scale whose first step moves x by
             1e-3·(1 + ‖x_ref‖) (``"scale_free"``).

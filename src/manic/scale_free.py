@@ -11,19 +11,15 @@ from manic.tuner import Motion, Options, Sums, TunerState, growth, inner_product
 START = 1e-3  # the first update moves x by this fraction of 1 + ‖x_ref‖, as DoG starts
 FLOOR = 1e-6  # and none by less than this
 CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S grows by less than 1.6 in a step
-SURPRISE = 2.0  # |h| and ‖g‖ are remembered up to so many times the largest, or the mean, of before
-FALL = 3.0  # log S falls by no more in one step
-SLACK = 0.9  # a fall of S by no more than this factor in a step does not draw x back
-WILD = 2.0  # an |h| so many times what all of before add up to is a wreck's, or a bad batch's: no update follows it
-LEAP = 10.0  # an lr that rises by more in one step is a change of unit for all that was before it
-PEAK = 0.99  # below this part of its highest so far the lr is taken to be on its way down
+SURPRISE = 2.0  # |h| and ‖g‖ count up to so many times those of before; no update follows an h beyond all of before
+RECORD = 0.5  # an h > 0 so large beside all of before is an overshoot, not noise: it alone draws x back
+PATIENCE = 100.0  # steps after which an h > 0 that is no record is more and more taken for hovering
+MEMORY = 0.25  # update j weighs as much as j to this power in Δ
 REPLACED = 3.0  # a change of ‖x − x_ref‖ or ‖x‖ by more than so many updates: the weights were replaced
 ROUNDING = 1e-5  # and by more than this, beside ‖x‖ and ‖x − x_ref‖
 
 
-def scale_free(
-    old: TunerState, sums: Sums, betas: Tensor, options: Options, unit: float, lr: Tensor
-) -> tuple[TunerState, Motion]:
+def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: Tensor) -> tuple[TunerState, Motion]:
     """The log of S goes down the gradient h, in steps of h over its size so far: docs/algorithm.md."""
     # Weights that were replaced: all that is known of d is of no use, and x_ref takes x.
     begun = old.scale > 0
@@ -33,14 +29,15 @@ def scale_free(
     usual = REPLACED * old.scale * last_update + ROUNDING * (x + d)
     shift = (x - old.x_norm).abs() - (1 - old.keep) * old.moved  # but for how far x was drawn back
     replaced = begun & same & (sums.update_sq >= 0) & (torch.maximum(change, shift) > usual)
-    d, delta_grad, delta_x = (torch.where(replaced, 0, value) for value in (d, sums.delta_grad, sums.delta_x))
+    d, delta_grad, delta_x, change = (
+        torch.where(replaced, 0, value) for value in (d, sums.delta_grad, sums.delta_x, change)
+    )
 
-    # Where the lr leaps all of before is taken to a larger unit, as if updates had been larger and S smaller. A warm-up
-    # may begin at 1e-8 of the lr. An S that suits such updates is 1e8 times too large for those that follow.
-    leap = (over(lr, old.peak) / LEAP).clamp_min(1)
-    old_m, old_v, old_scale = old.m * leap, old.v * leap.square(), old.scale / leap
+    # A rising lr is a change of unit for all that was before. So in a warm-up S grows by what it sees, not by what it
+    # makes up for, and has nothing to take back at the end.
+    leap = over(lr, old.peak).clamp_min(1)
+    old_m, old_v, old_scale = old.m[0] * leap, old.v[0] * leap.square(), old.scale / leap
     delta_norm = over(d, old_scale)
-    change = torch.where(replaced, 0, change)
     update_norm = largest_update(old.update_norm * leap, over(change, old_scale), same)
     # S starts in the step after the first update, whose size is all that it needs.
     update_norm = torch.where(update_norm > 0, update_norm, last_update * leap)
@@ -54,38 +51,52 @@ def scale_free(
     size = torch.where(old.grad_norm > 0, old.grad_norm, gradient)
     of_delta = sums._replace(delta_grad=over(delta_grad, old_scale), delta_x=over(delta_x, old_scale))
     h = over(inner_product(of_delta, options.s_decay, over(d, x)), size)
-    grad_norm = size + 2 / (old.steps + 2) * (torch.minimum(gradient, SURPRISE * size) - size)
+    seen = torch.minimum(gradient, SURPRISE * size)
+    grad_norm = size + 2 / (old.steps + 2) * (seen - size)
+    quiet = torch.where(old.grad_norm > 0, torch.minimum(old.quiet, grad_norm), grad_norm)
 
-    top = old_m.max()
-    counted = torch.where(top > 0, torch.minimum(h.abs(), SURPRISE * top), h.abs())
-    m = torch.maximum(betas * old_m, counted)
-    v = betas.square() * old_v + counted.square()
-    # A gain is measured by all that is known, a loss by what was known when the bet was made: so a bad one is cut.
+    counted = torch.where(old_m > 0, torch.minimum(h.abs(), SURPRISE * old_m), h.abs())
+    m, v = torch.maximum(old_m, counted), old_v + counted.square()
     now = (v + CAUTION * m.square()).sqrt()
     then = (old_v + CAUTION * old_m.square()).sqrt()
-    gain = over(counted, now).mean()
-    surprise = over(h.abs(), torch.where(then > 0, then, now)).mean()
+    then = torch.where(then > 0, then, now)
+    surprise = over(h.abs(), then)
+    record = (h > 0) & (surprise >= RECORD)
 
-    # A schedule on its way down is to be followed, not made up for: S moves less, and Δ forgets nothing more.
+    # h is what hovering costs, less what going on gains. Of the cost, ‖u‖·‖g‖ at most, the part that the schedule has
+    # set out to undo is no reason to go slower, unless the run itself has stirred the gradients up.
     peak = torch.maximum(old.peak, lr)
     share = over(lr, peak)
-    scale = torch.where(begun, old_scale, first)
-    scale = scale * (share * torch.where(h < 0, gain, -surprise.clamp_max(FALL))).exp()
+    typical = (v / (old.steps - 1).clamp_min(1)).sqrt()
+    hovering = torch.minimum(share * update_norm * over(seen, size), typical)
+    tolerated = (1 - share).clamp_min(0).sqrt() * over(quiet, grad_norm).square() * hovering
+
+    # What is no record moves S by all that is known. A rise is the smaller, the more a gradient exceeds its mean. A
+    # fall is the smaller, the longer the run: late in a run h > 0 is mostly hovering.
+    move = over(torch.sign(h) * counted - tolerated, now)
+    patient = (PATIENCE / (old.steps + PATIENCE)).sqrt()
+    move = torch.where(move > 0, patient, over(size, gradient).clamp_max(1)) * move
+    # A record is measured by what was known when the bet was made: so a bad one is cut.
+    move = torch.where(record, over(counted, then), move)
+    scale = torch.where(begun, old_scale * (-share * move).exp(), first)
     scale = torch.maximum(scale, least)
 
-    # A rise of S is for updates to come, and so is a gentle fall: x goes on by S·u. A steep fall draws x back.
+    # x goes on by S·u, whatever S does; only a record draws it back.
     forget = ~begun | replaced
-    back = (over(scale, old_scale) / SLACK).clamp_max(1)
-    # At the peak Δ is a mean over the past, in which step t weighs as much as t.
-    fade = torch.where(share < PEAK, 1, (old.steps + 2) / (old.steps + 3))
-    wild = surprise >= WILD
+    back = torch.where(record, over(scale, old_scale).clamp_max(1), 1)
+    # At the highest lr so far Δ is a mean over the past. On the way down it forgets nothing more, except what an edit,
+    # such as a constraint, has taken back of d: there the gradient may point on for ever, and x cannot follow.
+    fade = torch.where(share < 1, 1, ((old.steps + 2) / (old.steps + 3)) ** MEMORY)
+    left = torch.where(same & (sums.left_sq > 0) & ~replaced, sums.left_sq.clamp_min(0).sqrt(), 0)
+    fade = fade * torch.where(left > 0, over(d, left).clamp_max(1), 1).square()
+    wild = surprise >= SURPRISE
     follow = torch.where(wild, 0, scale)
-    zero, none = torch.zeros_like(old.m), torch.zeros_like(h)
+    none = torch.zeros_like(h)
     new = old._replace(
-        m=m,
-        v=v,
-        r=zero,
-        s=zero,
+        m=m.view(1),
+        v=v.view(1),
+        r=none.view(1),
+        s=none.view(1),
         h=h,
         scale=scale,
         delta_norm=delta_norm,
@@ -93,6 +104,7 @@ def scale_free(
         x_norm=x,
         update_norm=update_norm,
         grad_norm=grad_norm,
+        quiet=quiet,
         keep=torch.where(forget, none, back),
         fade=fade,
         outliers=old.outliers + wild,

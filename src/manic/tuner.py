@@ -1,6 +1,6 @@
 """The data of the scalar half of Algorithm 1 (arXiv 2306.00144): options, sums, state, and what a step does with them.
 
-All of it is 0-d and [n] tensors, n = len(betas), that stay on their device.
+All of it is 0-d and [n] tensors, n = len(Options.memories), that stay on their device.
 """
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ class Options:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, float(getattr(self, name)))
 
+    @property
+    def memories(self) -> tuple[float, ...]:
+        """The decay of each accumulator: the betas in "paper"; "scale_free" has one, which forgets nothing."""
+        return self.betas if self.variant == "paper" else (1.0,)
+
 
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -66,6 +71,7 @@ class Sums(NamedTuple):
     numel: Tensor  # how many elements have a gradient
     members: Tensor  # which parameters have one: a sum of whole numbers, one for each of them
     update_sq: Tensor  # ‖u‖² of the last step; < 0: it is not known
+    left_sq: Tensor  # ‖d‖² of where the last step left x; < 0: it is not known
 
 
 class TunerState(NamedTuple):
@@ -87,20 +93,22 @@ class TunerState(NamedTuple):
     skipped: Tensor  # []  steps skipped because a gradient was not finite
     steps: Tensor  # []  steps that counted
     grad_norm: Tensor  # []  mean of ‖g‖ over the steps, the later ones weighing more; "scale_free"
+    quiet: Tensor  # []  the smallest grad_norm so far; "scale_free"
     keep: Tensor  # []  what was kept of d before the last update was added: 1 in "paper"
     fade: Tensor  # []  and after: 1 in "paper"
     outliers: Tensor  # []  steps whose h was out of all proportion, so that no update followed; 0 in "paper"
     peak: Tensor  # []  the largest lr so far, over the base lr; "scale_free"
     update_sq: Tensor  # []  ‖u‖² of the last step over this process's parameters; < 0: it is not known
+    left_sq: Tensor  # []  ‖d‖² of where that step left them; < 0: it is not known
 
     @staticmethod
     def size(n: int) -> int:
-        """Elements of the flat form for n betas."""
-        return 4 * n + 17
+        """Elements of the flat form for n accumulators."""
+        return 4 * n + 19
 
     @staticmethod
     def unpack(flat: Tensor, n: int) -> TunerState:
-        """Views of a flat [4n + 17] tensor."""
+        """Views of a flat [4n + 19] tensor."""
         return TunerState(*flat[: 4 * n].view(4, n), *flat[4 * n :])
 
     def pack(self) -> Tensor:

@@ -104,11 +104,12 @@ def test_a_wild_gradient_is_not_followed(problem: Problem) -> None:
     for p, delta in zip(parameters, deltas, strict=True):
         p.grad.add_(1e4 * delta)
     mechanic.step()
-    assert mechanic.scale == pytest.approx(scale.item() * math.exp(-3))
+    assert 0.2 * scale < mechanic.scale < 0.6 * scale
+    back = (mechanic.scale / scale).item()
     assert not any(p.grad.any() for p in parameters)
     for p, ref, delta in zip(parameters, refs, deltas, strict=True):
         new = mechanic.state[p]["mechanic_ref"]
-        torch.testing.assert_close(p.detach(), ref + mechanic.scale * delta / 0.9)
+        torch.testing.assert_close(p.detach(), ref + back * scale * delta)
         assert (new - ref).norm() < 0.1 * (p - ref).norm()
 
 
@@ -610,4 +611,4 @@ def test_float32_would_not_hold_the_betas() -> None:
     """Why the accumulators are float64: in float32 the slowest one would decay by 1 % too fast."""
     assert abs((1 - torch.tensor(0.999999, dtype=torch.float32).double().item()) / 1e-6 - 1) > 0.01
     p = nn.Parameter(torch.ones(3))
-    assert Mechanic(torch.optim.SGD([p], lr=0.1))._run._mode._betas[-1].item() == 0.999999
+    assert Mechanic(torch.optim.SGD([p], lr=0.1), variant="paper")._run._mode._betas[-1].item() == 0.999999

@@ -131,6 +131,25 @@ def test_a_constraint_is_enforced_after_every_step(name: str) -> None:
     assert lr < 5 * best_lr, "the scale runs away"
 
 
+@pytest.mark.parametrize("falling", [False, True], ids=["at the highest lr", "below it"])
+def test_x_ref_follows_what_an_edit_takes_back(falling: bool) -> None:
+    """By 1 - r², where ‖d‖ is r times what the step had left. After a step without an edit, by little or nothing."""
+    ends = []
+    for r in (1.0, 0.9):
+        p, mechanic = towards(torch.float64)
+        mechanic.param_groups[0]["lr"] *= 0.5 if falling else 1
+        ref = mechanic.state[p]["mechanic_ref"].clone()
+        with torch.no_grad():
+            p.copy_(ref + r * (p - ref))
+        p.grad = p.detach() - torch.tensor(TARGET, dtype=torch.float64)
+        mechanic.step()
+        kept = (p.detach() - mechanic.state[p]["mechanic_ref"]).norm() / (p.detach() - ref).norm()
+        ends.append(kept.item())
+    steps = int(mechanic.param_groups[0]["mechanic_step"]) - 1
+    plain = 1.0 if falling else ((steps + 2) / (steps + 3)) ** 0.25
+    assert ends == pytest.approx([plain, 0.81 * plain], rel=1e-3)  # but for the grid
+
+
 # ---------------------------------------------------------------------- replaced
 
 
@@ -353,8 +372,8 @@ def test_a_step_begins_where_x_was_put(dtype: torch.dtype) -> None:
 def test_the_step_after_an_edit_by_hand(way: str, variant: str, dtype: torch.dtype) -> None:
     """x + a·d + S'·u in plain Python, u that of SGD.
 
-    "scale_free": d = x - x_ref, with the edit in it, and x is drawn back by a = min(q/0.9, 1) - 1, q = S'/S. "paper":
-    d = Δ, without the edit, and a = S' - S.
+    "scale_free": d = x - x_ref, with the edit in it, and x is drawn back by a = S'/S - 1 where that is an overshoot.
+    "paper": d = Δ, without the edit, and a = S' - S.
     """
     free = variant == "scale_free"
     p, mechanic = towards(dtype, **({} if free else {"variant": "paper", "s_init": 0.1, "eps": 0.1}))
@@ -365,13 +384,13 @@ def test_the_step_after_an_edit_by_hand(way: str, variant: str, dtype: torch.dty
     slot = exact(mechanic.state[p]["mechanic_ref" if free else "mechanic_delta"], None)
     d = [xi - ri for xi, ri in zip(x, slot, strict=True)] if free else slot
     grad = p.detach() - torch.tensor(TARGET, dtype=dtype) if way == "on" else torch.tensor(d, dtype=dtype)
-    p.grad = grad if way == "on" else 3 * grad / grad.norm()
+    p.grad = grad if way == "on" else 8 * grad / grad.norm()
     u = (torch.add(p.detach(), p.grad, alpha=-unit).double() - p.detach().double()).tolist()
     mechanic.step()
 
     s = float(mechanic.scale) / unit
     assert (s > before) == (way == "on")
-    a = min(s / before / 0.9, 1) - 1 if free else s - before
+    a = min(s / before, 1) - 1 if free else s - before
     assert (a < -0.01) == (way == "back"), "so steep a fall draws x back"
     got = exact(p, mechanic.state[p]["mechanic_rest"] if coarse else None)
     step = max(abs(s * ui) for ui in u)

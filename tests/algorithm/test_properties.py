@@ -27,13 +27,19 @@ FINITE = st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x)
 
 def scales(h: list[float], options: Options) -> list[float]:
     """S after each step of the tuner, fed h as ⟨d,g⟩; ‖g‖ scales with h, as both do with the loss."""
-    betas = torch.tensor(options.betas, **SCALAR)
-    state, trace = TunerState.unpack(torch.zeros(TunerState.size(len(options.betas)), **SCALAR), len(options.betas)), []
+    betas = torch.tensor(options.memories, **SCALAR)
+    state, trace = TunerState.unpack(torch.zeros(TunerState.size(len(betas)), **SCALAR), len(betas)), []
     for t, value in enumerate(h):
         size = torch.tensor(1.0 if t else 0.0, **SCALAR)
         sums = Sums(
-            *(torch.tensor(x, **SCALAR) for x in (value, 0.1, abs(value), 2.0)), size, 1 - size, 5 * size, size, -LR
-        )  # the last: nobody knows the last update, so that no weights are taken for replaced
+            *(torch.tensor(x, **SCALAR) for x in (value, 0.1, abs(value), 2.0)),
+            size,
+            1 - size,
+            5 * size,
+            size,
+            -LR,
+            -LR,
+        )  # the last two: the last step is not known, so that no edit is seen
         state, _ = tune(state, sums, torch.tensor(True), betas, options, 1.0, LR)
         trace.append(state.scale.item())
     return trace
@@ -53,7 +59,7 @@ def test_the_scale_does_not_depend_on_the_scale_of_the_loss(h: list[float], c: f
 def test_a_skipped_step_leaves_the_tuner(h: list[float], at: int) -> None:
     """Put anywhere, sums that are not finite change the count and nothing else."""
     options = Options()
-    betas = torch.tensor(options.betas, **SCALAR)
+    betas = torch.tensor(options.memories, **SCALAR)
     ends = []
     for skip in (False, True):
         flat_state = torch.zeros(TunerState.size(len(betas)), **SCALAR)
@@ -63,7 +69,7 @@ def test_a_skipped_step_leaves_the_tuner(h: list[float], at: int) -> None:
                 broken = Sums(*(torch.tensor(math.nan, **SCALAR),) * len(Sums._fields))
                 state, motion = tune(state, broken, torch.tensor(False), betas, options, 1.0, LR)
                 assert not any(motion)
-            sums = Sums(*(torch.tensor(x, **SCALAR) for x in (value, 0.1, 1.0, 2.0, t, 1.0, 5.0, 3.0, 1.0)))
+            sums = Sums(*(torch.tensor(x, **SCALAR) for x in (value, 0.1, 1.0, 2.0, t, 1.0, 5.0, 3.0, 1.0, 1.0)))
             state, _ = tune(state, sums, torch.tensor(True), betas, options, 1.0, LR)
             flat_state = state.pack()
         ends.append(TunerState.unpack(flat_state, len(betas)))

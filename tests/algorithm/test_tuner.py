@@ -24,12 +24,21 @@ STATES = st.fixed_dictionaries(
     {"m": SEVERAL, "v": SEVERAL, "r": SEVERAL, "s": SEVERAL, "h": ANY, "scale": SIZE, "delta_norm": SIZE}
     | {"moved": SIZE, "x_norm": SIZE, "members": MEMBERS, "numel": st.sampled_from([5.0, 7.0])}
     | {"update_norm": SIZE | st.just(1.0)}
-    | {"ref_sq": SIZE, "skipped": COUNT, "steps": COUNT, "grad_norm": SIZE, "keep": st.floats(0.1, 1) | st.just(0.0)}
-    | {"fade": st.floats(0.1, 1) | st.just(0.0), "outliers": COUNT, "peak": SIZE, "update_sq": SIZE | st.just(-1.0)}
+    | {
+        "ref_sq": SIZE,
+        "skipped": COUNT,
+        "steps": COUNT,
+        "grad_norm": SIZE,
+        "quiet": SIZE,
+        "keep": st.floats(0.1, 1) | st.just(0.0),
+    }
+    | {"fade": st.floats(0.1, 1) | st.just(0.0), "outliers": COUNT, "peak": SIZE}
+    | {"update_sq": SIZE | st.just(-1.0), "left_sq": SIZE | st.just(-1.0)}
 )
 SUMS = st.fixed_dictionaries(
     {"delta_grad": ANY, "delta_x": ANY, "grad_sq": SIZE, "x_sq": SIZE, "delta_sq": SIZE, "entered_sq": SIZE}
     | {"numel": st.sampled_from([5.0, 7.0]), "members": MEMBERS, "update_sq": SIZE | st.just(-1.0)}
+    | {"left_sq": SIZE | st.just(-1.0)}
 )
 OPTIONS = st.fixed_dictionaries(
     {"variant": st.sampled_from(["paper", "scale_free"]), "s_init": st.none() | POSITIVE}
@@ -86,45 +95,58 @@ def scale_free(
         shift = abs(x - old["x_norm"]) - (1 - old["keep"]) * old["moved"]
         replaced = max(growth, shift) > 3 * old["scale"] * math.sqrt(sums["update_sq"]) + 1e-5 * (x + moved)
     new["x_norm"] = x
+    # What an edit has taken back of d counts in Δ no more.
+    left = math.sqrt(max(sums["left_sq"], 0.0))
+    rest = min(1.0, moved / left) if left and same and not replaced else 1.0
     if replaced:
         delta_grad = delta_x = moved = 0.0
 
-    # A leap of the lr: all that is in units of Δ, in the new one. d has no unit.
-    leap = max(1.0, over(lr, old["peak"]) / 10)
-    m, v, scale = [leap * mi for mi in old["m"]], [leap**2 * vi for vi in old["v"]], old["scale"] / leap
+    # A higher lr: all that is in units of Δ, in the new one. d has no unit.
+    leap = max(1.0, over(lr, old["peak"]))
+    m, v, scale = leap * old["m"][0], leap**2 * old["v"][0], old["scale"] / leap
+    last = leap * math.sqrt(max(sums["update_sq"], 0.0))
     delta_grad, delta_x = over(delta_grad, scale), over(delta_x, scale)
 
     # The size of an update, and of x in such updates.
     largest = leap * old["update_norm"]
     if (same or largest == 0) and not replaced:
         largest = max(largest, over(growth, scale))
-    largest = largest or leap * math.sqrt(max(sums["update_sq"], 0.0))
+    largest = largest or last
     whole = over(1 + math.sqrt(new["ref_sq"]), largest)
 
     least = 1e-6 * whole
     first = 1e-3 * whole if o["s_init"] is None or not whole else max(o["s_init"] * unit, least)
     size = old["grad_norm"] or gradient
     h = over(delta_grad + o["s_decay"] * over(moved, x) * over(gradient, x) * delta_x, size)
-    new["grad_norm"] = size + 2 / (old["steps"] + 2) * (min(gradient, 2 * size) - size)
-    usual = min(abs(h), 2 * max(m)) if any(m) else abs(h)
-    gain = surprise = 0.0
-    for i, beta in enumerate(o["betas"]):
-        then = math.sqrt(v[i] + 4 * m[i] ** 2)
-        m[i], v[i] = max(beta * m[i], usual), beta**2 * v[i] + usual**2
-        now = math.sqrt(v[i] + 4 * m[i] ** 2)
-        gain += over(usual, now) / N
-        surprise += over(abs(h), then or now) / N
+    seen = min(gradient, 2 * size)
+    new["grad_norm"] = mean = size + 2 / (old["steps"] + 2) * (seen - size)
+    new["quiet"] = quiet = min(old["quiet"], mean) if old["grad_norm"] else mean
+    usual = min(abs(h), 2 * m) if m else abs(h)
+    then = math.sqrt(v + 4 * m**2)
+    m, v = max(m, usual), v + usual**2
+    now = math.sqrt(v + 4 * m**2)
+    surprise = over(abs(h), then or now)
+    record = h > 0 and surprise >= 0.5
+
+    # What the schedule has set out to undo of what hovering costs, ‖u‖·‖g‖ at most, is tolerated.
     peak = max(old["peak"], lr)
     share = over(lr, peak)
-    there = max((scale or first) * math.exp(share * (gain if h < 0 else -min(surprise, 3.0))), least)
+    hovering = min(share * largest * over(seen, size), math.sqrt(v / max(old["steps"] - 1, 1)))
+    tolerated = math.sqrt(1 - share) * over(quiet, mean) ** 2 * hovering
+    fall = over(math.copysign(usual, h) - tolerated, now)
+    if record:
+        fall = over(usual, then or now)
+    else:
+        fall *= math.sqrt(100 / (old["steps"] + 100)) if fall > 0 else min(over(size, gradient), 1.0)
+    there = max(scale * math.exp(-share * fall) or first, least)
 
-    # x follows the update. It is drawn back along d where S falls by more than a tenth.
+    # x follows the update. A record draws it back along d, by as much as S falls.
     outlier = surprise >= 2
     follow = 0.0 if outlier else there
     forget = scale == 0 or replaced
-    keep = 0.0 if forget else min(there / scale / 0.9, 1.0)
-    fade = 1.0 if share < 0.99 else (old["steps"] + 2) / (old["steps"] + 3)
-    new |= {"m": m, "v": v, "r": [0.0] * N, "s": [0.0] * N, "h": h, "scale": there, "peak": peak}
+    keep = 0.0 if forget else min(there / scale, 1.0) if record else 1.0
+    fade = rest**2 * (1.0 if share < 1 else ((old["steps"] + 2) / (old["steps"] + 3)) ** 0.25)
+    new |= {"m": [m], "v": [v], "r": [0.0], "s": [0.0], "h": h, "scale": there, "peak": peak}
     new |= {"delta_norm": over(moved, scale), "moved": moved, "update_norm": largest, "keep": keep, "fade": fade}
     new["outliers"] = old["outliers"] + outlier
     motion = {"x_delta": 0.0 if forget else keep - 1, "x_update": follow}
@@ -140,11 +162,17 @@ def by_torch(
         return torch.tensor(value, dtype=torch.float64)
 
     state = TunerState(**{name: tensor(value) for name, value in old.items()})
-    state = TunerState.unpack(state.pack(), N)
+    state = TunerState.unpack(state.pack(), len(Options(**options).memories))
     totals = Sums(**{name: tensor(value) for name, value in sums.items()})
     new, motion = tune(state, totals, torch.tensor(ok), tensor(options["betas"]), Options(**options), unit, tensor(lr))
     assert {tuple(value.shape) for value in motion} == {()}
     return tuple({name: value.tolist() for name, value in found._asdict().items()} for found in (new, motion))
+
+
+def fitted(old: State, options: dict[str, Any]) -> State:
+    """Without the accumulators that a variant does not have."""
+    n = len(Options(**options).memories)
+    return {name: value[:n] if name in "mvrs" else value for name, value in old.items()}
 
 
 def close(got: State, wanted: State, size: float) -> None:
@@ -160,7 +188,7 @@ PLAIN: dict[str, Any] = {"variant": "scale_free", "s_init": None, "betas": (1.0,
 # S is 1, an update was 1, x was moved by 3, and the same parameters have a gradient.
 UNDER_WAY: State = {**START, "scale": 1.0, "moved": 3.0, "x_norm": 2.0, "keep": 1.0, "fade": 1.0, "update_norm": 1.0}
 UNDER_WAY |= {"grad_norm": 1.0, "peak": 1.0, "members": 3.0, "numel": 5.0, "m": [1.0] * N, "v": [4.0] * N}
-UNDER_WAY |= {"steps": 4.0}
+UNDER_WAY |= {"steps": 4.0, "quiet": 1.0}
 ONE_STEP = {**NO_SUMS, "grad_sq": 1.0, "x_sq": 4.0, "delta_grad": 0.25, "delta_x": 0.5, "update_sq": 1.0}
 ONE_STEP |= {"members": 3.0, "numel": 5.0}
 
@@ -174,23 +202,32 @@ def beyond(limit: float) -> dict[str, float]:
 
 def test_the_fields() -> None:
     """The order is that of what is stored, and of what the sweeps fill in."""
-    scalars = "h scale delta_norm moved x_norm members numel update_norm ref_sq skipped steps grad_norm keep fade"
-    assert TunerState._fields == (*"mvrs", *scalars.split(), "outliers", "peak", "update_sq")
+    scalars = "h scale delta_norm moved x_norm members numel update_norm ref_sq skipped steps grad_norm quiet keep fade"
+    assert TunerState._fields == (*"mvrs", *scalars.split(), "outliers", "peak", "update_sq", "left_sq")
     assert Sums._fields == (
         *("delta_grad", "delta_x", "grad_sq", "x_sq", "delta_sq", "entered_sq", "numel", "members", "update_sq"),
+        "left_sq",
     )
     assert Motion._fields == ("x_delta", "x_update", "slot_delta", "slot_update")
-    assert TunerState.size(N) == 4 * N + 17 == sum(len(value) if name in "mvrs" else 1 for name, value in START.items())
+    assert TunerState.size(N) == 4 * N + 19 == sum(len(value) if name in "mvrs" else 1 for name, value in START.items())
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(STATES, SUMS, OPTIONS, POSITIVE, SIZE)
 @example(START, {**NO_SUMS, "grad_sq": 4.0, "x_sq": 9.0, "entered_sq": 9.0, "numel": 5.0}, PLAIN, 1.0, 1.0)
-# At the bounds: h that is just wild, an lr that just counts as the peak, a leap that is just none.
-@example({**START, "m": [1.5] * N, "v": [16.0] * N}, {**NO_SUMS, "delta_grad": 10.0, "grad_sq": 1.0}, PLAIN, 1.0, 1.0)
-@example({**START, "peak": 1.0, "scale": 1.0, "steps": 4.0}, {**NO_SUMS, "grad_sq": 1.0}, PLAIN, 1.0, 0.99)
-@example({**START, "peak": 0.1, "scale": 1.0, "update_norm": 2.0}, {**NO_SUMS, "grad_sq": 1.0}, PLAIN, 1.0, 1.0)
-# A leap where ⟨Δ,x⟩ counts.
+# At the bounds: h that is just wild, h that is just a record.
+@example({**UNDER_WAY, "m": [1.5] * N, "v": [16.0] * N}, {**ONE_STEP, "delta_grad": 10.0}, PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "m": [1.5] * N, "v": [16.0] * N}, {**ONE_STEP, "delta_grad": 2.5}, PLAIN, 1.0, 1.0)
+@example({**UNDER_WAY, "m": [1.5] * N, "v": [16.0] * N}, {**ONE_STEP, "delta_grad": 2.4}, PLAIN, 1.0, 1.0)
+# Below the highest lr so far: hovering is tolerated up to ‖u‖·‖g‖, and up to the usual h.
+@example(UNDER_WAY, {**ONE_STEP, "delta_grad": 0.5}, PLAIN, 1.0, 0.25)
+@example(UNDER_WAY, {**ONE_STEP, "delta_grad": 0.5, "update_sq": 0.01}, PLAIN, 1.0, 0.25)
+@example(UNDER_WAY, {**ONE_STEP, "delta_grad": -0.5}, PLAIN, 1.0, 0.0)
+# Less where the gradients have grown, and a gradient above their mean makes a rise smaller.
+@example({**UNDER_WAY, "quiet": 0.5}, {**ONE_STEP, "delta_grad": 0.5}, PLAIN, 1.0, 0.25)
+@example(UNDER_WAY, {**ONE_STEP, "delta_grad": -0.5, "grad_sq": 9.0}, PLAIN, 1.0, 1.0)
+# An lr that rises, where ⟨Δ,x⟩ counts.
+@example({**UNDER_WAY, "peak": 0.1}, ONE_STEP, PLAIN, 1.0, 1.0)
 @example(
     {**START, "peak": 0.01, "scale": 2.0, "moved": 6.0, "update_norm": 2.0, "keep": 1.0, "fade": 1.0},
     {**NO_SUMS, "delta_x": 2.0, "delta_sq": 9.0, "grad_sq": 4.0, "x_sq": 16.0, "delta_grad": 1.0},
@@ -198,18 +235,24 @@ def test_the_fields() -> None:
     1.0,
     1.0,
 )
-# S is 0, and d is an edit. With an lr that leaps, and with an S that was asked for.
+# S is 0, and d is an edit. With an lr that rises, and with an S that was asked for.
 @example({**START, "fade": 2 / 3, "steps": 1.0, "peak": 1.0, "members": 3.0}, beyond(0.5), PLAIN, 1.0, 1.0)
 @example({**START, "fade": 2 / 3, "steps": 1.0, "peak": 0.01, "members": 3.0}, beyond(9.0), PLAIN, 1.0, 1.0)
 @example({**START, "fade": 1.0, "steps": 1.0, "members": 11.0}, beyond(1.0), {**PLAIN, "s_init": 0.1}, 0.5, 0.0)
 @example({**START, "fade": 2 / 3, "steps": 1.0, "members": 3.0}, beyond(0.5), {**PLAIN, "s_decay": 0.5}, 1.0, 1.0)
+# An edit that took a third of d back, one of other parameters, and one of unknown size; at the highest lr, and below.
+@example(UNDER_WAY, {**beyond(0.5), "left_sq": 81.0}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(0.5), "left_sq": 81.0}, PLAIN, 1.0, 0.5)
+@example(UNDER_WAY, {**beyond(0.5), "left_sq": 81.0, "members": 11.0}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(0.5), "left_sq": -1.0}, PLAIN, 1.0, 1.0)
+@example(UNDER_WAY, {**beyond(1.5), "left_sq": 81.0}, PLAIN, 1.0, 1.0)
 # Weights that were just replaced, and weights that were just not: with x and d, and without, where all is exact.
 @example(UNDER_WAY, beyond(1 - 1e-12), PLAIN, 1.0, 1.0)
 @example(UNDER_WAY, beyond(1 + 1e-12), PLAIN, 1.0, 1.0)
 @example(UNDER_WAY, {**ONE_STEP, "x_sq": 0.0}, PLAIN, 1.0, 1.0)
 @example({**UNDER_WAY, "moved": math.nextafter(3.0, 4.0)}, {**ONE_STEP, "x_sq": 0.0}, PLAIN, 1.0, 1.0)
 @example(UNDER_WAY, {**beyond(0.0), "update_sq": 0.0}, {**PLAIN, "s_decay": 0.5}, 1.0, 1.0)
-# They are told by S as it was before a leap: the last update was followed with that.
+# They are told by S as it was before the lr rose: the last update was followed with that.
 @example({**UNDER_WAY, "peak": 0.01}, beyond(0.5), PLAIN, 1.0, 1.0)
 @example({**UNDER_WAY, "peak": 0.01}, beyond(1.5), PLAIN, 1.0, 1.0)
 # They cannot be told where other parameters have a gradient now, or where nobody knows the last update.
@@ -227,6 +270,7 @@ def test_the_fields() -> None:
 # A gentle fall of S, after which x is not drawn back.
 @example(UNDER_WAY, {**beyond(0.5), "delta_grad": 0.05}, PLAIN, 1.0, 0.5)
 def test_every_field(old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float) -> None:
+    old = fitted(old, options)
     if options["variant"] == "paper":
         # What it never has otherwise: it takes no note of the lr, and keeps all of Δ.
         old = {**old, "peak": 0.0, "keep": 1.0, "fade": 1.0, "scale": sum(old["s"])}
@@ -242,7 +286,7 @@ def test_every_field(old: State, sums: dict[str, float], options: dict[str, Any]
 def test_weights_that_were_replaced(limit: float) -> None:
     """x_ref takes x. What was learned stays but for what it forgets in a step: h is 0, and so is Δ."""
     replaced = limit > 1
-    new, motion = by_torch(UNDER_WAY, beyond(limit), PLAIN, 1.0, 1.0)
+    new, motion = by_torch(fitted(UNDER_WAY, PLAIN), beyond(limit), PLAIN, 1.0, 1.0)
     assert (new["moved"] == new["delta_norm"] == new["h"] == new["keep"] == 0) == replaced
     assert (new["update_norm"] == 1) == replaced  # growth is 3 updates
     assert (new["scale"] == 1) == replaced
@@ -250,7 +294,7 @@ def test_weights_that_were_replaced(limit: float) -> None:
     if replaced:
         assert motion["x_delta"] == 0
         assert motion["x_update"] == 1
-        assert motion["slot_update"] == pytest.approx(1 - 6 / 7)
+        assert motion["slot_update"] == pytest.approx(1 - (6 / 7) ** 0.25)
 
 
 def test_paper_takes_no_weights_for_replaced() -> None:
@@ -269,6 +313,7 @@ def test_a_step_that_does_not_count(
     old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float
 ) -> None:
     """Only the norm of what entered is taken in, if it is finite itself. Nothing moves."""
+    old = fitted(old, options)
     for entered in (sums["entered_sq"], math.inf, math.nan):
         for broken in (math.inf, math.nan):
             gone = {**sums, "grad_sq": broken, "delta_grad": broken, "entered_sq": entered}
@@ -283,7 +328,7 @@ def test_a_step_that_does_not_count(
 def test_the_paper_s_squares_stay_finite(dtype: torch.dtype, sign: int) -> None:
     """h is held where its square, of which there will be many, is far from the end of the format."""
     state = TunerState.unpack(torch.zeros(TunerState.size(1), dtype=dtype), 1)
-    sums = Sums(*(torch.tensor(x, dtype=dtype) for x in (sign * torch.finfo(dtype).max, 0, 1, 1, 1, 0, 5, 3, 0)))
+    sums = Sums(*(torch.tensor(x, dtype=dtype) for x in (sign * torch.finfo(dtype).max, 0, 1, 1, 1, 0, 5, 3, 0, 0)))
     one = torch.ones(1, dtype=dtype)
     new, motion = tune(state, sums, torch.tensor(True), one, Options(variant="paper", betas=(1.0,)), 1.0, one[0])
     assert all(value.isfinite().all() for value in (*new, *motion))

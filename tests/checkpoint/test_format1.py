@@ -14,6 +14,8 @@ from resuming import same
 from torch import Tensor
 from training import flat
 
+from manic.tuner import TunerState
+
 
 class Bound(NamedTuple):
     """How far a run may end from "later"."""
@@ -35,8 +37,8 @@ BOUNDS = {
     torch.float16: Bound(1e-4, 2 * torch.finfo(torch.float16).eps, 1e-3),
 }
 LOW = (torch.bfloat16, torch.float16)
-# Saved before the scale had left 0. It starts one step earlier now than in format 1, so it starts anew.
-EARLY = [name for name, case in CASES.items() if case.variant == "scale_free" and case.saved_at <= 1]
+# These go on under another rule for the scale.
+RULED = [name for name, case in CASES.items() if case.variant == "scale_free" and case.frozen_at is None]
 FROM_FORMAT_1 = "ignore:.*format 1:UserWarning"
 
 
@@ -75,6 +77,19 @@ def check_end(run: Run, start: list[Tensor], saved: dict[str, Any]) -> None:
     torch.testing.assert_close(scale, wanted, rtol=bound.scale, atol=0)
 
 
+def check_tuner(run: Run, saved: dict[str, Any]) -> None:
+    """That "scale_free" has kept what it knew, in one accumulator."""
+    for group, old in zip(run.mechanic.param_groups, saved["mechanic"]["param_groups"], strict=True):
+        new, state = TunerState.unpack(group["mechanic_state"], 1), old["mechanic_state"]
+        assert (new.m, new.v, new.r, new.s) == (state[:6].max(), state[6:12].max(), 0, 0)
+        for place, name in enumerate(
+            ("h", "scale", "delta_norm", "numel", "update_norm", "ref_sq", "skipped", "steps")
+        ):
+            assert getattr(new, name) == state[24 + place]
+        assert new.quiet == new.grad_norm == state[32]
+        assert new.update_sq == new.left_sq == -1
+
+
 def test_there_is_a_file_for_each_case() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.pt" for name in CASES}
 
@@ -90,11 +105,13 @@ def test_a_checkpoint_of_format_1_goes_on(name: str) -> None:
     assert "\n" not in str(warned[0].message)
     assert same(saved, before), "loading changed the checkpoint"
     assert all(map(torch.equal, run.parameters, saved["parameters"])), "loading moved the parameters"
+    if name in RULED:
+        check_tuner(run, saved)
     run.go_on()
-    if name in EARLY:
-        began, later, got = (flat(x).detach().double() for x in (saved["parameters"], saved["later"], run.parameters))
-        assert (later - got).norm() < (later - began).norm()
-        assert run.mechanic.scale > 0
+    if name in RULED:
+        began, goal, got = (flat(x).detach().double() for x in (saved["parameters"], run.targets, run.parameters))
+        assert (goal - got).norm() < (goal - began).norm()
+        assert (run.mechanic.scale > 0).all()
     else:
         check_end(run, saved["parameters"], saved)
     assert kept(run) == [slots(case)] * 2
@@ -171,6 +188,35 @@ def test_an_x_in_the_middle_between_two_of_bfloat16() -> None:
     assert saved["parameters"][1].tolist() == [1, -1, 1 + 2**-6, -1 - 2**-6]
     run.load(saved)
     torch.testing.assert_close(master(run, 1), middle)
+
+
+# ---------------------------------------------------------------------- format 2 at first
+
+
+def of_several(group: dict[str, Any]) -> None:
+    """Gives a param group of "scale_free" six accumulators, as format 2 had them at first."""
+    fields = TunerState.unpack(group["mechanic_state"], 1)._asdict()
+    several = [fields.pop(name) * torch.linspace(0, 1, 6, dtype=torch.float64) for name in "mvrs"]
+    for name in ("quiet", "left_sq"):
+        fields.pop(name)
+    group["mechanic_state"] = torch.cat([*several, torch.stack(list(fields.values()))])
+
+
+def test_a_checkpoint_with_several_accumulators_goes_on_with_one() -> None:
+    case = Case(torch.float64)
+    run, resumed = Run(case), Run(case)
+    run.train(range(case.saved_at))
+    saved = run.save()
+    for group in saved["mechanic"]["param_groups"]:
+        of_several(group)
+        assert group["mechanic_state"].shape == (41,)
+    with pytest.warns(UserWarning, match=r"older version .* in format 2: .* a new rule for the scale") as warned:
+        resumed.load(saved)
+    assert len(warned) == 1
+    for one in (run, resumed):
+        one.go_on()
+    torch.testing.assert_close(resumed.parameters, run.parameters, rtol=1e-9, atol=1e-12)
+    assert resumed.scale() == pytest.approx(run.scale())
 
 
 # ---------------------------------------------------------------------- the future

@@ -43,7 +43,7 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "checkpoint": (
-        ["checkpoint/loading", "checkpoint/validation", "checkpoint/record", "checkpoint/format1", "schedules", "run"],
+        ["checkpoint/loading", "checkpoint/validation", "checkpoint/record", "checkpoint/older", "schedules", "run"],
         [
             "validation",
             "resume",
@@ -55,7 +55,7 @@ PLAN: dict[str, tuple[list[str], list[str]]] = {
             "loading",
             "bases",
             "interrupted",
-            "format1",
+            "older",
         ],
     ),
 }

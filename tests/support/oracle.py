@@ -47,9 +47,7 @@ def mechanic(
     before the gradient of that step is taken; in "paper" x_ref is shifted by as much.
     """
     if variant == "scale_free":
-        yield from scale_free(
-            x, gradient, base, schedule, steps, betas=betas, s_decay=s_decay, s_init=s_init, edit=edit
-        )
+        yield from scale_free(x, gradient, base, schedule, steps, s_decay=s_decay, s_init=s_init, edit=edit)
         return
     n, ref = len(betas), list(x)
     delta = [0.0] * len(x)
@@ -82,7 +80,6 @@ def scale_free(
     schedule: Callable[[int], float],
     steps: int,
     *,
-    betas: tuple[float, ...],
     s_decay: float,
     s_init: float | None,
     edit: Edit | None = None,
@@ -92,12 +89,12 @@ def scale_free(
     d = x - x_ref is what x has been moved, by the steps and by edits. Δ is d / S. S starts in the step after
     the first update that is not 0.
     """
-    n, peak = len(betas), 0.0
     ref: Vector = []
-    m, v = [0.0] * n, [0.0] * n
-    scale, size, largest = 0.0, 0.0, 0.0  # S; the mean ‖g‖; the largest update
-    # Of the last step: ‖d‖ before its update came in; by how much x was drawn back; the fade; ‖u‖; ‖x‖ at its begin.
-    kept, drawn, fade, update, x_norm = 0.0, 0.0, 0.0, 0.0, 0.0
+    m, v, peak = 0.0, 0.0, 0.0  # the largest |h|, the sum of h², the highest lr
+    scale, largest = 0.0, 0.0  # S; the largest update
+    size, quiet = 0.0, math.inf  # the mean ‖g‖, and the smallest so far
+    # Of the last step: ‖d‖ before its update, and at its end; by how much x was drawn back; the fade; ‖u‖; ‖x‖ before.
+    kept, left, drawn, fade, update, x_norm = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for t in range(steps):
         if edit is not None:
             x = edit(list(x), t)
@@ -111,34 +108,43 @@ def scale_free(
         shift = abs(norm(x) - x_norm) - drawn
         replaced = scale > 0 and max(growth, shift) > 3 * scale * update + 1e-5 * (norm(x) + norm(d))
         x_norm = norm(x)
+        # What an edit has taken back of d counts in Δ no more.
+        rest = min(1.0, norm(d) / left) if left and not replaced else 1.0
         if replaced:
             d, ref, growth = [0.0] * len(x), list(x), 0.0
 
-        leap = max(1.0, over(schedule(t), peak) / 10)
-        m, v = [leap * mi for mi in m], [leap**2 * vi for vi in v]
-        scale, largest = scale / leap, leap * largest
-        largest = max(largest, over(growth, scale)) or leap * update
+        # A higher lr: S is about updates at the highest so far, and so is all that was learned.
+        leap = max(1.0, over(schedule(t), peak))
+        m, v, scale, largest, update = leap * m, leap**2 * v, scale / leap, leap * largest, leap * update
+        largest = max(largest, over(growth, scale)) or update
         whole = over(1 + origin, largest)
         first = 1e-3 * whole if s_init is None or not whole else max(s_init, 1e-6 * whole)
 
         pull = s_decay * over(norm(d), norm(x)) * over(norm(g), norm(x))
         size = size or norm(g)
         h = over(dot([over(1.0, scale) * di for di in d], [gi + pull * xi for gi, xi in zip(g, x, strict=True)]), size)
-        size += 2 / (t + 2) * (min(norm(g), 2 * size) - size)
-        usual = min(abs(h), 2 * max(m)) if any(m) else abs(h)
-        step = wild = 0.0
-        for i, beta in enumerate(betas):
-            then = math.sqrt(v[i] + 4 * m[i] ** 2)
-            m[i] = max(beta * m[i], usual)
-            v[i] = beta**2 * v[i] + usual**2
-            now = math.sqrt(v[i] + 4 * m[i] ** 2)
-            if now:
-                wild += abs(h) / (then or now) / n
-                step += usual / now / n if h < 0 else -h / (then or now) / n
+        seen = min(norm(g), 2 * size)
+        mean = size
+        calm = min(1.0, over(size, norm(g)))
+        size += 2 / (t + 2) * (seen - size)
+        quiet = min(quiet, size or math.inf)
+        usual = min(abs(h), 2 * m) if m else abs(h)
+        then = math.sqrt(v + 4 * m**2)
+        m, v = max(m, usual), v + usual**2
+        now = math.sqrt(v + 4 * m**2)
+        wild = over(abs(h), then or now)
+        record = h > 0 and wild >= 0.5
+
         peak = max(peak, schedule(t))
         share = over(schedule(t), peak)
-        before, scale = scale, max((scale or first) * math.exp(share * max(step, -3)), 1e-6 * whole)
-        fade = 1.0 if share < 0.99 else (t + 2) / (t + 3)
+        hovering = min(share * largest * over(seen, mean), math.sqrt(v / max(t - 1, 1)))
+        tolerated = math.sqrt(1 - share) * over(quiet, size) ** 2 * hovering
+        step = over(math.copysign(usual, h) - tolerated, now)
+        step *= math.sqrt(100 / (t + 100)) if step > 0 else calm
+        if record:
+            step = over(usual, then or now)
+        before, scale = scale, max(scale * math.exp(-share * step) or first, 1e-6 * whole)
+        fade = rest**2 * (1.0 if share < 1 else ((t + 2) / (t + 3)) ** 0.25)
 
         outlier = wild >= 2
         u = base(x, [0.0] * len(x) if outlier else g, schedule(t))
@@ -146,8 +152,8 @@ def scale_free(
         if outlier:
             u = [0.0 * ui for ui in u]
         if before > 0 and not replaced:
-            # Where S falls by more than a tenth, x is drawn back along d.
-            back = min(scale / before / 0.9, 1.0)
+            # A record draws x back along d, by as much as S falls.
+            back = min(scale / before, 1.0) if record else 1.0
             drawn = (1 - back) * norm(d)
             x = [xr + back * di for xr, di in zip(ref, d, strict=True)]
             d = [back * di for di in d]
@@ -157,6 +163,7 @@ def scale_free(
         x = [xi + scale * ui for xi, ui in zip(x, u, strict=True)]
         d = [fade * (di + scale * ui) for di, ui in zip(d, u, strict=True)]
         ref = [xi - di for xi, di in zip(x, d, strict=True)]
+        left = norm(d)
         yield x, scale
 
 

@@ -137,7 +137,7 @@ class Run:
         state = get_optimizer_state_dict(self.model, self.mechanic, options=options)["state"]
         group = self.mechanic.param_groups[0]
         return {
-            "tuner": group["mechanic_state"][:-1].clone(),  # the last is a rank's own share
+            "tuner": group["mechanic_state"][:-2].clone(),  # the last two are a rank's own shares
             "step": group["mechanic_step"].clone(),
             "epoch": self.schedule.last_epoch,
             "lr": group["lr"],

@@ -18,7 +18,7 @@ ROWS = [
     ["tuner", "parameters"],
     ["collectives", "scale_free", "diagnostics", "schedules"],
     ["sweeps.eager", "sweeps.base", "sweeps.native", "sweeps.triton_kernels", "sweeps.kernels", "sweeps.passes"],
-    ["checkpoint.record", "checkpoint.format1", "checkpoint.validation", "checkpoint.loading"],
+    ["checkpoint.record", "checkpoint.older", "checkpoint.validation", "checkpoint.loading"],
     ["wrapper", "algorithm", "run", "mechanic"],
     ["callbacks", "checkpoint.inspection", "__main__"],
 ]

@@ -46,8 +46,9 @@ class ByHand:
         self.m, self.v, self.r, self.s = [0.0] * n, [0.0] * n, [0.0] * n, [0.0] * n
         self.skipped, self.learned, self.frozen = 0, 0, False
         self.scale = 0.0  # S, in units of its own
-        self.ref_sq, self.size, self.peak = 0.0, 0.0, 0.0  # ‖x_ref‖²; the mean ‖g‖; the largest lr
-        self.largest, self.update = 0.0, 0.0  # ‖u‖, the largest and the last
+        self.ref_sq, self.peak = 0.0, 0.0  # ‖x_ref‖²; the largest lr
+        self.size, self.quiet = 0.0, math.inf  # the mean ‖g‖, and the smallest so far
+        self.largest, self.update, self.left = 0.0, 0.0, 0.0  # ‖u‖, the largest and the last; ‖d‖ after the last
         self.members: set[int] = set()  # the parameters that had a gradient in the last step
         self.steps, self.moved, self.x_norm, self.keep, self.fade = 0, 0.0, 0.0, 0.0, 0.0
         self.outliers, self.replaced = 0, 0
@@ -101,6 +102,9 @@ class ByHand:
                 self.reach[i] = max(self.reach[i], *(abs(f * ui) for ui in u), *(abs(e * di) for di in d))
                 self.reach[i] = max(self.reach[i], *map(abs, slot))
         self.update = math.sqrt(math.fsum(squares))
+        if not self.frozen and self.variant == "scale_free":
+            pairs = [(x, y) for i in taking for x, y in zip(self.x[i], self.slot[i] or [], strict=True)]
+            self.left = math.sqrt(math.fsum((x - y) ** 2 for x, y in pairs))
         self.lr = [GAMMA * lr for lr in self.lr]
 
     def enter(self, i: int) -> list[float]:
@@ -143,7 +147,6 @@ class ByHand:
     ) -> tuple[float, float, float, float]:
         delta_grad, delta_x, g_norm, x_norm, d_norm = self.sums(taking, moved)
         lr = max(self.lr) / self.unit
-        n = len(BETAS)
 
         # Whether somebody has replaced the weights: they are further away than an update takes them.
         same, self.members = set(taking) == self.members, set(taking)
@@ -152,48 +155,55 @@ class ByHand:
         bound = 3 * self.scale * self.update + 1e-5 * (x_norm + d_norm)
         replaced = same and self.scale > 0 and max(growth, shift) > bound
         self.x_norm = x_norm
+        rest = min(1.0, d_norm / self.left) if same and self.left and not replaced else 1.0  # of d, after an edit
         if replaced:
             self.replaced += 1
             delta_grad = delta_x = d_norm = 0.0
         self.moved = d_norm
 
-        # An lr that leaps is a change of unit.
-        leap = max(1.0, over(lr, self.peak) / 10)
-        self.m, self.v = [leap * m for m in self.m], [leap**2 * v for v in self.v]
-        before = self.scale / leap
+        # An lr that rises is a change of unit.
+        leap = max(1.0, over(lr, self.peak))
+        m, v, before, last = leap * self.m[0], leap**2 * self.v[0], self.scale / leap, leap * self.update
         self.largest *= leap
         if not replaced and (same or self.largest == 0):
             self.largest = max(self.largest, over(growth, before))
-        self.largest = self.largest or leap * self.update  # S starts in the step after the first update
+        self.largest = self.largest or last  # S starts in the step after the first update
         whole = over(1 + math.sqrt(self.ref_sq), self.largest)
         first = 1e-3 * whole if self.s_init is None or not whole else max(self.s_init * self.unit, 1e-6 * whole)
 
         self.size = self.size or g_norm
         pulled = delta_grad + DECAY * over(d_norm, x_norm) * over(g_norm, x_norm) * delta_x
         h = over(over(pulled, before), self.size)
-        self.size += 2 / (self.steps + 2) * (min(g_norm, 2 * self.size) - self.size)
-        usual = min(abs(h), 2 * max(self.m)) if any(self.m) else abs(h)
-        gain = surprise = 0.0
-        for i, beta in enumerate(BETAS):
-            then = math.sqrt(self.v[i] + 4 * self.m[i] ** 2)
-            self.m[i] = max(beta * self.m[i], usual)
-            self.v[i] = beta**2 * self.v[i] + usual**2
-            now = math.sqrt(self.v[i] + 4 * self.m[i] ** 2)
-            gain += over(usual, now) / n
-            surprise += over(abs(h), then or now) / n
+        seen = min(g_norm, 2 * self.size)
+        mean = self.size
+        calm = min(1.0, over(self.size, g_norm))
+        self.size += 2 / (self.steps + 2) * (seen - self.size)
+        self.quiet = min(self.quiet, self.size or math.inf)
+        usual = min(abs(h), 2 * m) if m else abs(h)
+        then = math.sqrt(v + 4 * m**2)
+        m, v = max(m, usual), v + usual**2
+        now = math.sqrt(v + 4 * m**2)
+        self.m, self.v = [m], [v]
+        surprise = over(abs(h), then or now)
+        record = h > 0 and surprise >= 0.5
         self.peak = max(self.peak, lr)
         share = over(lr, self.peak)
-        by = share * (gain if h < 0 else -min(surprise, 3.0))
-        self.scale = max((before or first) * math.exp(by), 1e-6 * whole)
+        hovering = min(share * self.largest * over(seen, mean), math.sqrt(v / max(self.steps - 1, 1)))
+        by = over(math.sqrt(1 - share) * over(self.quiet, self.size) ** 2 * hovering - math.copysign(usual, h), now)
+        if record:
+            by = -over(usual, then or now)
+        else:
+            by *= math.sqrt(100 / (self.steps + 100)) if by < 0 else calm
+        self.scale = max(before * math.exp(share * by) or first, 1e-6 * whole)
 
-        self.fade = 1.0 if share < 0.99 else (self.steps + 2) / (self.steps + 3)
+        self.fade = rest**2 * (1.0 if share < 1 else ((self.steps + 2) / (self.steps + 3)) ** 0.25)
         self.steps += 1
         self.outliers += surprise >= 2
         follow = 0.0 if surprise >= 2 else self.scale
         if before == 0 or replaced:  # x_ref takes x
             self.keep, a, e = 0.0, 0.0, 1.0
         else:
-            self.keep = min(self.scale / before / 0.9, 1.0)
+            self.keep = min(self.scale / before, 1.0) if record else 1.0
             a, e = self.keep - 1, (1 - self.fade) * self.keep
         return a, follow, e, (1 - self.fade) * follow
 

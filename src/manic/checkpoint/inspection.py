@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from manic.checkpoint.format1 import format_of, upgraded_group
-from manic.checkpoint.record import Record, read
+from manic.checkpoint.older import is_older, upgraded_group
+from manic.checkpoint.record import FORMAT, Record, in_a_tuple, read
 from manic.diagnostics import Snapshot, metrics, snapshot
 from manic.parameters import DELTA, REF, REST
 
@@ -62,7 +62,7 @@ class Found(NamedTuple):
                 **dict(zip(("beta", "m", "v", "r", "s"), values, strict=True)),
             }
             for owner, tuner in zip(look.owners, look.tuners, strict=True)
-            for values in zip(look.options.betas, *(field.tolist() for field in tuner[:4]), strict=True)
+            for values in zip(look.options.memories, *(field.tolist() for field in tuner[:4]), strict=True)
         ]
         return {
             **{"where": self.where, "format": self.format, **dataclasses.asdict(self.record)},
@@ -111,9 +111,8 @@ def _at(place: str, values: dict[str, Any]) -> Found:
         else:
             sizes[SIZES.get(match[3], "base")] += value.nbytes if isinstance(value, Tensor) else 0
             numels[match[2]] = max(value.numel() if isinstance(value, Tensor) else 0, numels.get(match[2], 0))
-    written = format_of(next(iter(groups.values())))
-    if written == 1:
-        groups = {name: upgraded_group(group) for name, group in groups.items()}
+    written = in_a_tuple(next(iter(groups.values())).get("mechanic_options"), "options are").get("format", FORMAT)
+    groups = {name: upgraded_group(group) if is_older(group) else group for name, group in groups.items()}
     record, _ = read(list(groups.values()))
     # A flattened state dict has a group for every parameter: alike, as far as we are concerned.
     distinct = {

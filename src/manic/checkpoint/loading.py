@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.checkpoint.format1 import upgraded
+from manic.checkpoint.older import upgraded
 from manic.checkpoint.record import TENSORS, Record, read
 from manic.checkpoint.validation import (
     WRONG,
@@ -48,13 +48,13 @@ def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
 
     Args:
         base: the optimizer inside, whose groups say all that is to be said.
-        spread: this process has only a part of the model: its share of ‖u‖² stays out.
+        spread: this process has only a part of the model: its shares of ‖u‖² and ‖d‖² stay out.
     """
     state_dict, live = base.state_dict(), base.param_groups
     copies = {group[key]: group[key].clone() for group in live for key in TENSORS}  # the groups share theirs
     if spread:
         for group in live:
-            copies[group["mechanic_state"]][-1] = -1.0
+            copies[group["mechanic_state"]][-2:] = -1.0
     groups = [
         {key: copies[value] if key in TENSORS else value for key, value in group.items()}
         for group in state_dict["param_groups"]
@@ -130,7 +130,7 @@ def load(
         schedule: of the same Mechanic.
         record: of the same Mechanic.
         state_dict: of ``pack()``, of an older version, or of the plain base.
-        fresh: a ``mechanic_state`` that has seen nothing, for a count of betas: its dtype and device are those of ours.
+        fresh: a ``mechanic_state`` that has seen nothing, of any length: its dtype and device are those of ours.
         spread: other processes hold parameters of this model without a mark on the tensors.
 
     Returns:
@@ -173,7 +173,7 @@ def load(
         schedule.load(plan)
     if notes:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
-    skipped = TunerState.unpack(groups[0]["mechanic_state"], len(saved.options.betas)).skipped
+    skipped = TunerState.unpack(groups[0]["mechanic_state"], len(saved.options.memories)).skipped
     return dataclasses.replace(saved, scheduler=record.scheduler), int(groups[0]["mechanic_step"]), int(skipped)
 
 

@@ -82,7 +82,7 @@ def read(groups: Sequence[Mapping[str, Any]]) -> tuple[Record, dict[str, Any] | 
 
 
 def _check_tensors(i: int, group: Mapping[str, Any], first: Mapping[str, Any], options: Options) -> None:
-    for key, expected in zip(TENSORS, ((TunerState.size(len(options.betas)),), ()), strict=True):
+    for key, expected in zip(TENSORS, ((TunerState.size(len(options.memories)),), ()), strict=True):
         value = group[key]
         fits = isinstance(value, Tensor) and value.shape == expected and is_plain(value)
         if not fits or not value.is_floating_point():

@@ -165,7 +165,7 @@ def check_whole(
     params: dict[Any, Tensor], state: dict[Any, Any], groups: list[dict[str, Any]], options: Options
 ) -> None:
     """Check that every parameter of the last step has its slot: without it, it would silently begin anew."""
-    counts = [TunerState.unpack(group["mechanic_state"], len(options.betas)).numel for group in groups]
+    counts = [TunerState.unpack(group["mechanic_state"], len(options.memories)).numel for group in groups]
     members = [group["params"] for group in groups]
     slot = SLOT[options.variant]
     if not options.per_group:

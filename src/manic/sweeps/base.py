@@ -42,7 +42,7 @@ class Table(Group, ABC):
         # int64 [length, 6] on the CPU: how many elements, and where their x, g, slot, x_t and rest (0: none) begin.
         self.rows = self._offsets
         self.aligned = False  # whether every address is a multiple of 16
-        self.update_sq = torch.zeros(self.length, dtype=torch.float64, device=self.device)
+        self.found = torch.zeros(self.length, 2, dtype=torch.float64, device=self.device)  # ‖u‖² and ‖d‖² of each piece
         self.moved = ctypes.c_int64(0)  # 1: sweep() has done its work
         self._instead: list[Group] = []  # what moves where x lies elsewhere
 
@@ -68,7 +68,7 @@ class Table(Group, ABC):
 
     @abstractmethod
     def sweep(self, motion: Tensor) -> None:
-        """As ``move()``. ‖u‖² of every piece goes to ``update_sq``, and when all is done a 1 to ``moved``."""
+        """As ``move()``. What it yields of every piece goes to ``found``, and when all is done a 1 to ``moved``."""
 
     def move(self, motion: Tensor) -> list[Tensor]:
         """As that of a Group, which does it if the base has put x into other memory than the table says."""
@@ -76,10 +76,10 @@ class Table(Group, ABC):
             pairs = zip(self.states, self.before(), strict=True)
             self._instead = [Group([state], self.difference, before) for state, before in pairs]
         if self._instead:
-            return [update_sq for group in self._instead for update_sq in group.move(motion)]
+            return [found for group in self._instead for found in group.move(motion)]
         if not self.moved.value:
             self.sweep(motion)
-        return [self.update_sq.sum()]
+        return [self.found.sum(0)]
 
     def release(self) -> None:
         super().release()

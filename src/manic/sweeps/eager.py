@@ -44,7 +44,7 @@ class Group:
         self.states, self.first, self.difference, self._aside = states, states[0], difference, aside
         self.numel = sum(slot.numel() for slot in column(states, "slot"))  # of this process's elements
         self.members = sum(state.member for state in states)
-        # By piece, as far as a move has come: what is still to be written where, and ‖u‖².
+        # By piece, as far as a move has come: what is still to be written where, and what it yields.
         self._moves: list[tuple[list[tuple[Tensor, Tensor]], Tensor]] = []
 
     def measure(self) -> Tensor:
@@ -69,7 +69,8 @@ class Group:
             values.masked_fill_(~counts, 0)
 
     def move(self, motion: Tensor) -> list[Tensor]:
-        """Take x and the slots to where `motion`, [4], real and beside the slot, sends them. Return ‖u‖² in parts.
+        """Take x and the slots to where `motion`, [4], real and beside the slot, sends them. Return ‖u‖², and ‖d‖² of
+        where x is left, in parts: [2] each.
 
         It may be interrupted anywhere, and the next call completes it: what is to be written is worked out first, and
         to write it twice does no harm.
@@ -81,7 +82,7 @@ class Group:
             if writes:
                 torch._foreach_copy_([place for place, _ in writes], [value for _, value in writes])
                 writes.clear()
-        return [update_sq for _, update_sq in self._moves]
+        return [found for _, found in self._moves]
 
     def restore(self) -> None:
         """Put x_t back into the parameters."""
@@ -134,7 +135,7 @@ def _measure_rows(state: ParamState, difference: bool) -> Tensor:
 
 
 def _move(piece: Piece, difference: bool, motion: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Work out what to write where, and ‖u‖², 0-d."""
+    """Work out what to write where; and ‖u‖², and ‖d‖² where x is left: [2]."""
     x_delta, x_update, slot_delta, slot_update = motion
     dtype = piece.slot.dtype
     u = (piece.param.to(dtype) - piece.before).nan_to_num_(0.0, 0.0, 0.0)  # 0 where it is not finite
@@ -146,9 +147,12 @@ def _move(piece: Piece, difference: bool, motion: Tensor) -> tuple[list[tuple[Te
     row = _row(u)
     update_sq = torch.dot(row, row)
     del u, x, row  # a step is to hold little at a time
+    row = _row(moved - slot if difference else slot)
+    found = torch.stack([update_sq, torch.dot(row, row)])
+    del row
     stored, rest = split(moved, piece.param.dtype)
     pairs = ((piece.param, stored), (piece.slot, slot), (piece.rest, rest))
-    return [(place, value) for place, value in pairs if place is not None and value is not None], update_sq
+    return [(place, value) for place, value in pairs if place is not None and value is not None], found
 
 
 def _row(t: Tensor) -> Tensor:

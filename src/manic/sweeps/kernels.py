@@ -46,6 +46,6 @@ def _works(kernels: type[Table], device: torch.device) -> bool:
         sums = group.measure().double().sum(0)
         group.discard(torch.ones((), dtype=torch.bool, device=device))
         x += update
-        (update_sq,) = group.move(torch.tensor([-0.5, 0.5, 0.25, 0.75], device=device))
-        ends.append([sums, update_sq, x, grad, slot])
+        (found,) = group.move(torch.tensor([-0.5, 0.5, 0.25, 0.75], device=device))
+        ends.append([sums, found, x, grad, slot])
     return all(bool((a - b).abs().max() < 1e-5 * b.abs().max()) for a, b in zip(*ends, strict=True))

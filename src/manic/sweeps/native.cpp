@@ -100,9 +100,10 @@ void measure(const int64_t* row, double* sums) {
     std::memcpy(sums, found, sizeof found);
 }
 
-// x += by[0]*d + by[1]*u and slot += by[2]*d + by[3]*u in a piece. u is 0 where it is not finite. Returns |u|^2.
+// x += by[0]*d + by[1]*u and slot += by[2]*d + by[3]*u in a piece. u is 0 where it is not finite. |u|^2, and |d|^2 of
+// where x is left.
 template <bool DIFFERENCE, class X, class W>
-double move(const int64_t* row, const W* by) {
+void move(const int64_t* row, const W* by, double* sums) {
     X* __restrict x = reinterpret_cast<X*>(row[1]);
     W* __restrict slot = reinterpret_cast<W*>(row[3]);
     const X* __restrict before = reinterpret_cast<X*>(row[4]);
@@ -111,20 +112,24 @@ double move(const int64_t* row, const W* by) {
     // y + 1*(x - y) is to be x itself, as torch.lerp has it: the difference may have lost the digits of x.
     const bool from_x = DIFFERENCE && by[2] >= W(0.5);
     const W x_delta = by[0], x_update = by[1], slot_delta = from_x ? by[2] - 1 : by[2], slot_update = by[3];
-    double sum = 0;
+    double update_sq = 0, left_sq = 0;
     for (int64_t lap = 0; lap < count; lap += LAP) {
-        W uu[LANES] = {};
+        W uu[LANES] = {}, dd[LANES] = {};
         by_lanes(lap, count, [&](int64_t k, int j) {
             const W moved = wide(x[k]) - wide(before[k]), here = join(before[k], rest, k);
             const W u = std::fabs(moved) <= std::numeric_limits<W>::max() ? moved : W(0);
             const W y = slot[k], d = DIFFERENCE ? here - y : y;
-            put(std::fma(u, x_update, std::fma(d, x_delta, here)), x, rest, k);
-            slot[k] = std::fma(u, slot_update, std::fma(d, slot_delta, from_x ? here : y));
+            const W there = std::fma(u, x_update, std::fma(d, x_delta, here));
+            const W kept = std::fma(u, slot_update, std::fma(d, slot_delta, from_x ? here : y));
+            put(there, x, rest, k);
+            slot[k] = kept;
+            const W left = DIFFERENCE ? there - kept : kept;
             uu[j] += u * u;
+            dd[j] += left * left;
         });
-        add_up(uu, sum);
+        add_up(uu, update_sq), add_up(dd, left_sq);
     }
-    return sum;
+    sums[0] = update_sq, sums[1] = left_sq;
 }
 
 // Calls body(i) for every piece. Each thread takes about the same number of elements, in pieces beside each other; the
@@ -165,7 +170,7 @@ void each(int64_t pieces, int threads, const int64_t* table, Body body) {
     extern "C" void move_##NAME(int64_t pieces, int difference, int threads, const int64_t* table, const W* motion,  \
                                 double* sums, int64_t* moved) {                                                      \
         const auto piece = difference ? move<true, X, W> : move<false, X, W>;                                        \
-        each(pieces, threads, table, [=](int64_t i) { sums[i] = piece(table + 6 * i, motion); });                    \
+        each(pieces, threads, table, [=](int64_t i) { piece(table + 6 * i, motion, sums + 2 * i); });                \
         *moved = 1;                                                                                                  \
     }
 

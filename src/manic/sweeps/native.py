@@ -32,7 +32,7 @@ class Native(Table):
         return sums
 
     def sweep(self, motion: Tensor) -> None:
-        self._call("move", motion.data_ptr(), self.update_sq.data_ptr(), ctypes.addressof(self.moved))
+        self._call("move", motion.data_ptr(), self.found.data_ptr(), ctypes.addressof(self.moved))
 
     def _call(self, sweep: str, *addresses: int) -> None:
         function = getattr(self.library, f"{sweep}_{str(self.first.param.dtype).removeprefix('torch.')}")

@@ -51,8 +51,8 @@ class Passes:
             like: [k], one for each learned scale, of the dtype and on the device that the sums are to have.
 
         Returns:
-            every layout with this process's sums of it: [k, 9], columns as in ``manic.tuner.Sums``. The last one,
-            ‖u‖² of the last step, is for the caller to fill in.
+            every layout with this process's sums of it: [k, 10], columns as in ``manic.tuner.Sums``. The last two,
+            about the last step, are for the caller to fill in.
         """
         self.moving = False
         sums = {layout: like.new_zeros(len(like), len(Sums._fields)) for layout in self._layouts}
@@ -83,17 +83,18 @@ class Passes:
             motion: [k, 4], as in ``manic.tuner.Motion``, for each learned scale.
 
         Returns:
-            ‖u_t‖² of this process's parameters by layout: [k], of the dtype and on the device of `motion`.
+            ‖u_t‖², and ‖d‖² of where x is left, of this process's parameters by layout: [k, 2], of the dtype and on the
+            device of `motion`.
         """
         self.moving = True
         found: dict[tuple[Layout, int], list[Tensor]] = {}
         for group in self.groups:
             index, slot = group.first.index, group.first.slot
-            update_sq = group.move(motion[index].to(device=slot.device, dtype=slot.dtype.to_real()))
-            found.setdefault((group.first.layout, index), []).extend(value.to(motion) for value in update_sq)
-        totals = {layout: motion.new_zeros(len(motion)) for layout in self._layouts}
+            parts = group.move(motion[index].to(device=slot.device, dtype=slot.dtype.to_real()))
+            found.setdefault((group.first.layout, index), []).extend(part.to(motion) for part in parts)
+        totals = {layout: motion.new_zeros(len(motion), 2) for layout in self._layouts}
         for (layout, index), values in found.items():
-            totals[layout][index] = torch.stack(values).sum()
+            totals[layout][index] = torch.stack(values).sum(0)
         return totals
 
     @disable_dynamo

@@ -112,7 +112,7 @@ def _measure(table, sums, DIFFERENCE: tl.constexpr, X: tl.constexpr, ALIGNED: tl
 
 @triton.jit
 def _advance(x, slot, before, rest, at, inside, x_delta, x_update, slot_delta, slot_update, DIFFERENCE: tl.constexpr):
-    """Takes x and the slot where `motion` sends them, and yields u²."""
+    """Takes x and the slot where `motion` sends them, and yields u², and d² of where x is left."""
     stored = tl.load(before + at, mask=inside, other=0.0)
     here = _join(stored, rest, at, inside)
     y = tl.load(slot + at, mask=inside, other=0.0)
@@ -121,30 +121,40 @@ def _advance(x, slot, before, rest, at, inside, x_delta, x_update, slot_delta, s
     d = y
     if DIFFERENCE:
         d = here - y
-    _put(x, rest, at, inside, tl.fma(u, x_update, tl.fma(d, x_delta, here)))
+    there = tl.fma(u, x_update, tl.fma(d, x_delta, here))
+    _put(x, rest, at, inside, there)
     # y + 1·(x - y) is to be x itself: the difference may have lost the digits of x.
     if DIFFERENCE:
         from_x = slot_delta >= 0.5
         slot_delta = tl.where(from_x, slot_delta - 1, slot_delta)
         y = tl.where(from_x, here, y)
-    tl.store(slot + at, tl.fma(u, slot_update, tl.fma(d, slot_delta, y)), mask=inside)
-    return u * u
+    kept = tl.fma(u, slot_update, tl.fma(d, slot_delta, y))
+    tl.store(slot + at, kept, mask=inside)
+    left = kept
+    if DIFFERENCE:
+        left = there - kept
+    return u * u, tl.where(inside, left * left, 0.0)
 
 
 @triton.jit
 def _move(
-    table, update_sq, motion, DIFFERENCE: tl.constexpr, X: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    table, found, motion, DIFFERENCE: tl.constexpr, X: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """As ``Table.sweep()``; entry i of `update_sq`: ‖u‖² over piece i."""
+    """As ``Table.sweep()``; row i of `found`: ‖u‖² and ‖d‖² over piece i."""
     x, _, slot, before, rest, count, whole = _row(table, X, ALIGNED)
     a, s, e, f = tl.load(motion), tl.load(motion + 1), tl.load(motion + 2), tl.load(motion + 3)
-    total = tl.zeros([BLOCK], slot.dtype.element_ty)
+    update_sq = tl.zeros([BLOCK], slot.dtype.element_ty)
+    left_sq = update_sq
     for start in range(0, whole, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        total += _advance(x, slot, before, rest, at, at < whole, a, s, e, f, DIFFERENCE)
+        uu, dd = _advance(x, slot, before, rest, at, at < whole, a, s, e, f, DIFFERENCE)
+        update_sq += uu
+        left_sq += dd
     over = whole + tl.arange(0, TAIL)
-    last = _advance(x, slot, before, rest, over, over < count, a, s, e, f, DIFFERENCE)
-    tl.store(update_sq + tl.program_id(0).to(tl.int64), (tl.sum(total) + tl.sum(last)).to(tl.float64))
+    uu, dd = _advance(x, slot, before, rest, over, over < count, a, s, e, f, DIFFERENCE)
+    out = found + 2 * tl.program_id(0).to(tl.int64)
+    tl.store(out, (tl.sum(update_sq) + tl.sum(uu)).to(tl.float64))
+    tl.store(out + 1, (tl.sum(left_sq) + tl.sum(dd)).to(tl.float64))
 
 
 @triton.jit
@@ -176,7 +186,7 @@ class Triton(Table):
         return sums
 
     def sweep(self, motion: Tensor) -> None:
-        self._launch(_move, self.update_sq, motion, self.difference)
+        self._launch(_move, self.found, motion, self.difference)
         self.moved.value = 1
 
     def discard(self, counts: Tensor) -> None:
