@@ -114,6 +114,22 @@ def test_excess_goes_by_seed_and_by_the_lr_that_other_seeds_have_chosen(tmp_path
     assert "| manic | 1e-08 | 1 | 0.150 | 0.150 |  | 0.100 | 0 | 0.150 |" in quality.table(found)
 
 
+def test_what_is_wrong_with_a_quick_run() -> None:
+    """A cell above its bound, a mean above the bound of all, a base lr that matters, and a cell that was not scored."""
+    cells = {(*cell, "10"): [0.03] for cell in quality.QUICK}
+    worst = ("logreg, batch 1", "SGD", "constant", "10")
+    found = {("manic", 1e-8): {worst: [0.03]}, ("manic", quality.USUAL): cells}
+    assert list(quality.quick_check(found)) == []
+    bad = {**cells, worst: [0.2501]}
+    (fault,) = quality.quick_check({**found, ("manic", 1e-8): {worst: [0.2501]}, ("manic", quality.USUAL): bad})
+    assert fault == "manic: e 0.250 on logreg, batch 1, SGD, constant (at most 0.1)"
+    faults = list(quality.quick_check({**found, ("manic", quality.USUAL): {key: [0.09] for key in cells}}))
+    assert faults == ["manic: mean e 0.090 (at most 0.05)", "manic: the base lr changes e by 0.060 (at most 0.02)"]
+    (fault,) = quality.quick_check({("manic", quality.USUAL): {worst: [0.0]}})
+    assert fault == f"1 cells were scored, not the {len(quality.QUICK)} of QUICK"
+    assert "| noise | dev | logreg, batch 1 | SGD, constant | 0.030, 0.030 |" in quality.by_cell(found)
+
+
 def test_a_csv_that_was_cut_is_read_up_to_there(tmp_path: Path) -> None:
     path, rows = tmp_path / "runs.csv", [row("tuned", 0.1, seed, 2.0) for seed in range(3)]
     with path.open("w", newline="") as file:
