@@ -336,8 +336,8 @@ CONTENDERS |= ABLATION
 QUICK = {
     **dict.fromkeys(product(("logreg", "MLP", "CNN"), ("momentum", "AdamW"), SCHEDULES), 0.25),
     ("GPT 300", "AdamW", "constant"): 0.1,
-    ("tune GPT", "AdamW", "linear"): 0.1,
-    ("LoRA GPT", "AdamW", "constant"): 0.1,
+    ("tune GPT", "AdamW", "linear"): 0.05,
+    ("LoRA GPT", "AdamW", "constant"): 0.05,
     ("logreg, batch 1", "SGD", "constant"): 0.1,
     ("7 layers", "AdamW", "cosine"): 0.1,
     ("trigrams", "AdamW", "cosine"): 0.1,
