@@ -138,7 +138,7 @@ def scale_free(
         fall = over(usual, then or now)
     else:
         fall *= math.sqrt(100 / (old["steps"] + 100)) if fall > 0 else min(over(size, gradient), 1.0)
-    there = max(scale * math.exp(-share * fall) or first, least)
+    there = max(scale * math.exp(-share * fall) if scale > 0 else first, least)
 
     # x follows the update. A record draws it back along d, by as much as S falls.
     outlier = surprise >= 2

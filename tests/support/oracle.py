@@ -143,7 +143,7 @@ def scale_free(
         step *= math.sqrt(100 / (t + 100)) if step > 0 else calm
         if record:
             step = over(usual, then or now)
-        before, scale = scale, max(scale * math.exp(-share * step) or first, 1e-6 * whole)
+        before, scale = scale, max(scale * math.exp(-share * step) if scale else first, 1e-6 * whole)
         fade = rest**2 * (1.0 if share < 1 else ((t + 2) / (t + 3)) ** 0.25)
 
         outlier = wild >= 2

@@ -194,7 +194,7 @@ class ByHand:
             by = -over(usual, then or now)
         else:
             by *= math.sqrt(100 / (self.steps + 100)) if by < 0 else calm
-        self.scale = max(before * math.exp(share * by) or first, 1e-6 * whole)
+        self.scale = max(before * math.exp(share * by) if before else first, 1e-6 * whole)
 
         self.fade = rest**2 * (1.0 if share < 1 else ((self.steps + 2) / (self.steps + 3)) ** 0.25)
         self.steps += 1
