@@ -4,8 +4,9 @@ Every contender trains every task (tasks.py) with every base optimizer and sched
 
     e = (L - L_tuned) / (L_init - L_tuned),    0: as good as the best lr of a grid; 1: as if it had not trained
 
-L being the validation loss at the end. The grid goes by half decades; three seeds choose its winner, three others score
-it and the contenders, seed against seed. Runs go to a CSV as they end, and a benchmark that was killed goes on there.
+L being the validation loss at the end. The grid goes by half decades: first every second lr, then the neighbours of the
+best. Three seeds choose its winner; three others score it and the contenders, seed against seed. From 3,000 steps on,
+one seed chooses and one scores. Every run goes to a CSV as it ends; a benchmark that was killed goes on there.
 
 `--ablation` runs, instead of the peers, manic with one of its rules changed at a time.
 """
@@ -37,10 +38,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from manic import Mechanic, scale_free
 
 CHOOSE, SCORE = (0, 1, 2), (3, 4, 5)  # seeds
+LONG = 3000  # steps from which one seed must do
+WINDOWS = 20  # of equal length, in each of which the training loss is averaged
 SCHEDULES = ("constant", "cosine")
 CLIPPED = 1.0  # the norm of the gradients, where the lr falls linearly, as in the Trainer of Transformers
 ANY_LR = tuple(10.0**k for k in range(-8, 5, 2))
+FAR_LR = (1e-8, 1e-2, 1.0, 1e4)
 USUAL = 1e-2  # the base lr of a contender that is said not to care
+
+
+Row = dict[str, Any]  # of the CSV: a run, and what came out
 
 
 @dataclass(frozen=True)
@@ -288,14 +295,23 @@ CONTENDERS: dict[str, Contender] = {
     "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
     "manic": Contender("manic", ALL, ANY_LR, manic()),
     "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
-    "manic, paper": Contender("manic", ONE, ANY_LR, manic(variant="paper")),
+    "manic, paper": Contender("manic", ONE, FAR_LR, manic(variant="paper")),
     "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors),
     "optax mechanize": Contender("optax", SHORT, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
     "Prodigy": Contender(
         "prodigyopt",
         ("AdamW",),
         (1.0,),
-        lambda m, model, run: Stepper(m.Prodigy(model.parameters(), weight_decay=0.01), run),
+        lambda m, model, run: Stepper(
+            m.Prodigy(model.parameters(), weight_decay=0.01, safeguard_warmup=run.schedule == "cosine"), run
+        ),
+    ),
+    "Prodigy plus schedule-free": Contender(
+        "prodigyplus",
+        ("AdamW",),
+        (1.0,),
+        lambda m, model, run: ScheduleFree(m.ProdigyPlusScheduleFree(model.parameters(), weight_decay=0.01), run),
+        ("constant",),
     ),
     "D-Adaptation": Contender("dadaptation", ("SGD", "momentum", "AdamW", "Lion"), (1.0,), dadaptation),
     "DoG": Contender("dog", ("SGD",), (1.0,), dog("DoG")),
@@ -304,10 +320,21 @@ CONTENDERS: dict[str, Contender] = {
         "schedulefree",
         ("AdamW",),
         (0.0025,),  # its default
-        lambda m, model, run: ScheduleFree(m.AdamWScheduleFree(model.parameters(), lr=run.lr), run),
+        lambda m, model, run: ScheduleFree(
+            m.AdamWScheduleFree(model.parameters(), lr=run.lr, warmup_steps=run.steps // 10, weight_decay=0.01), run
+        ),
         ("constant",),
     ),
     "AdamW 1e-3": Contender("torch", ("AdamW",), (1e-3,), plain),
+    "AdamW 5e-5": Contender("torch", ("AdamW",), (5e-5,), plain, ("linear",)),  # for fine-tuning
+    "NAdamW": Contender(
+        "torch",
+        ("AdamW",),
+        (2e-3,),  # its default
+        lambda m, model, run: Stepper(
+            m.optim.NAdam(model.parameters(), lr=run.lr, weight_decay=0.01, decoupled_weight_decay=True), run
+        ),
+    ),
     "SGD 1e-2": Contender("torch", ("SGD", "momentum"), (1e-2,), plain),
 }
 
@@ -346,7 +373,7 @@ QUICK = {
 
 
 def train(run: Run) -> dict[str, Any]:
-    """The run's losses: validation before and after, and the mean of the last tenth of the steps."""
+    """The run's losses: validation before and after, and the mean training loss of each window."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # runs that have diverged may stay finite, and take ten times as long
     warnings.simplefilter("ignore")
@@ -367,36 +394,67 @@ def train(run: Run) -> dict[str, Any]:
             stepper.step()
             losses.append(float(loss))
     final = task.validate(stepper.evaluated(model)) if len(losses) == run.steps else math.inf
-    return {**asdict(run), "initial": initial, "final": final, "train": statistics.fmean(losses[-run.steps // 10 :])}
+    width = max(1, run.steps // WINDOWS)
+    windows = [statistics.fmean(losses[at : at + width]) for at in range(0, len(losses), width)]
+    return {**asdict(run), "initial": initial, "final": final, "curve": " ".join(f"{loss:.5g}" for loss in windows)}
 
 
 # ---------------------------------------------------------------------- many runs
 
 
-def planned(steps: dict[str, int], contenders: Iterable[str], bases: Iterable[str], quick: bool) -> list[Run]:
-    """Every run but the scoring ones of the grid, whose lr is not known yet. `quick`: one seed, fewer lrs and cells."""
+def cells(tasks: Iterable[str], bases: Iterable[str], quick: bool) -> list[Run]:
+    """A run of the grid for each cell, whose lr and seed are not known yet. `quick`: the cells of QUICK."""
+    found = []
+    for task in tasks:
+        for base, schedule in TASKS[task].cells or product(SHORT, SCHEDULES):
+            if base in bases and (not quick or (task, base, schedule) in QUICK):
+                found.append(Run(task, base, schedule, "tuned", math.nan, 0, TASKS[task].steps))
+    return found
+
+
+def seeds(run: Run, of: tuple[int, ...], quick: bool) -> tuple[int, ...]:
+    return of[:1] if quick or run.steps >= LONG else of
+
+
+def planned(cells: list[Run], contenders: Iterable[str], quick: bool) -> list[Run]:
+    """Every run but those of the grid. `quick`: one seed, fewer lrs."""
     runs = []
-    for task, count in steps.items():
-        for name in contenders:
-            contender = CONTENDERS[name]
-            if importlib.util.find_spec(contender.module) is None:
-                continue
-            for base, schedule in TASKS[task].cells or product(SHORT, SCHEDULES):
-                falling = "cosine" if schedule == "linear" else schedule
-                if base not in contender.bases or base not in bases or falling not in contender.schedules:
-                    continue
-                if quick and (task, base, schedule) not in QUICK:
-                    continue
-                lrs = grid(base)[:: 1 + quick] if name == "tuned" else contender.lrs[:: 1 + 2 * quick]
-                for lr in lrs:
-                    usual = lr == USUAL or len(lrs) <= 2
-                    seeds = CHOOSE if name == "tuned" else SCORE if usual else SCORE[:1]
-                    seeds = seeds[:1] if quick else seeds
-                    runs += [Run(task, base, schedule, name, lr, seed, count) for seed in seeds]
+    for cell, name in product(cells, contenders):
+        contender = CONTENDERS[name]
+        falling = "cosine" if cell.schedule == "linear" else cell.schedule
+        if cell.base not in contender.bases or not {falling, cell.schedule} & {*contender.schedules}:
+            continue
+        if importlib.util.find_spec(contender.module) is None:
+            continue
+        if name == "plain" and TASKS[cell.task].family != "short":  # the figure's
+            continue
+        lrs = contender.lrs[:: 1 + 2 * quick]
+        if USUAL in lrs and cell.steps >= LONG:
+            lrs = (USUAL,)
+        for lr in lrs:
+            usual = lr == USUAL or len(lrs) <= 2
+            runs += [
+                replace(cell, contender=name, lr=lr, seed=seed)
+                for seed in seeds(cell, SCORE if usual else SCORE[:1], quick)
+            ]
     return runs
 
 
-def winners(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], Run]:
+def search(cells: list[Run], rows: list[Row], quick: bool) -> list[Run]:
+    """The runs of the grid that are to come next: every second lr (of long runs: three in the middle), then the
+    neighbours of the best."""
+    best, runs = winners(rows), []
+    for cell in cells:
+        lrs = grid(cell.base)
+        some = lrs[::2] if cell.steps < LONG else lrs[2:8:2]
+        if cell.cell in best and not quick:
+            at = lrs.index(best[cell.cell].lr)
+            some = list(dict.fromkeys([*some, *lrs[max(0, at - 1) : at + 2]]))
+        runs += [replace(cell, lr=lr, seed=seed) for lr in some for seed in seeds(cell, CHOOSE, quick)]
+    return runs
+
+
+def winners(rows: list[Row]) -> dict[tuple[str, ...], Run]:
     """The lr of the grid with the lowest mean loss, by cell; a run that broke off counts as one that did not learn."""
     losses: dict[Run, list[float]] = {}
     for row in rows:
@@ -410,7 +468,7 @@ def winners(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], Run]:
     return best
 
 
-def at_the_edge(rows: list[dict[str, Any]]) -> Iterator[str]:
+def at_the_edge(rows: list[Row]) -> Iterator[str]:
     """The cells whose best lr may lie beyond the grid."""
     for run in winners(rows).values():
         if run.lr in (grid(run.base)[0], grid(run.base)[-1]):
@@ -421,10 +479,10 @@ def of(row: dict[str, Any]) -> Run:
     return Run(**{field.name: row[field.name] for field in fields(Run)})
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
-    numbers = {"lr": float, "seed": int, "steps": int, "initial": float, "final": float, "train": float}
+    numbers = {"lr": float, "seed": int, "steps": int, "initial": float, "final": float}
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
@@ -433,7 +491,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [{k: numbers.get(k, str)(v) for k, v in row.items()} for row in rows]
 
 
-def carry_out(runs: list[Run], path: Path, processes: int) -> list[dict[str, Any]]:
+def carry_out(runs: list[Run], path: Path, processes: int) -> list[Row]:
     """The runs that the CSV does not have yet; all its rows."""
     from tqdm import tqdm
 
@@ -462,58 +520,84 @@ def carry_out(runs: list[Run], path: Path, processes: int) -> list[dict[str, Any
 Excess = dict[tuple[str, float], dict[tuple[str, ...], list[float]]]  # by contender and base lr, by cell, of each seed
 
 
-def excess(rows: list[dict[str, Any]]) -> Excess:
-    """e of every scored run, seed against seed; at most 1 for one that broke off."""
+def pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
+    """Every scored run, and the run of the best lr with its seed."""
     best = winners(rows)
     tuned = {
         (run.cell, row["seed"]): row
         for row in rows
         if row["contender"] == "tuned" and (run := of(row)) == replace(best[run.cell], seed=run.seed)
     }
-    found: Excess = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):  # they lie in the order in which they ended
         reference = tuned.get((of(row).cell, row["seed"]))
-        if row["contender"] == "tuned" or reference is None:
-            continue
+        if row["contender"] != "tuned" and reference is not None:
+            yield row, reference
+
+
+def excess(rows: list[Row]) -> Excess:
+    """e of every scored run, seed against seed; at most 1 for one that broke off."""
+    found: Excess = {}
+    for row, reference in pairs(rows):
         e = (row["final"] - reference["final"]) / (reference["initial"] - reference["final"])
         at = found.setdefault((row["contender"], row["lr"]), {})
         at.setdefault(of(row).cell, []).append(min(e, 1.0) if math.isfinite(e) else 1.0)
     return found
 
 
+def arrivals(rows: list[Row]) -> Excess:
+    """The share of the steps after which a run's training loss, window by window, is as low as that of the tuned run in
+    its last window; inf if it never is."""
+    found: Excess = {}
+    for row, reference in pairs(rows):
+        goal = float(reference["curve"].split()[-1])
+        curve = [float(loss) for loss in row["curve"].split()]
+        share = next(((k + 1) / WINDOWS for k, loss in enumerate(curve) if loss <= goal), math.inf)
+        at = found.setdefault((row["contender"], row["lr"]), {})
+        at.setdefault(of(row).cell, []).append(share)
+    return found
+
+
+def mean_and_worst(by_cell: dict[tuple[str, ...], list[float]], cells: Iterable[tuple[str, ...]]) -> str:
+    means = [statistics.fmean(by_cell[cell]) for cell in cells if cell in by_cell]
+    return f"{statistics.fmean(means):.3f}, {max(means):.3f}" if means else ""
+
+
 def table(found: Excess) -> str:
-    """One line per contender and base lr: e over the cells, manic's on the same cells, how far the seeds are apart in a
-    cell, how many runs were lost (e = 1), and the mean by task."""
-    tasks = [task for task in TASKS if any(cell[0] == task for cells in found.values() for cell in cells)]
+    """One line per contender and base lr: e over the cells, manic's on the same cells, and how many runs were lost
+    (e = 1)."""
     ours = found.get(("manic", USUAL), {})
-    head = "| contender | base lr | cells | mean e | worst e | manic there | between seeds | lost |"
-    lines = [f"{head} {' | '.join(tasks)} |", "|---" * (len(tasks) + 8) + "|"]
-    for (name, lr), cells in sorted(found.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1])):
-        means = {cell: statistics.fmean(values) for cell, values in cells.items()}
-        there = [statistics.fmean(ours[cell]) for cell in cells if cell in ours]
-        by_task = [[e for cell, e in means.items() if cell[0] == task] for task in tasks]
-        columns = [
-            f"{statistics.fmean(means.values()):.3f}",
-            f"{max(means.values()):.3f}",
-            f"{statistics.fmean(there):.3f}, {max(there):.3f}" if there and name != "manic" else "",
-            f"{statistics.fmean(max(values) - min(values) for values in cells.values()):.3f}",
-            f"{sum(e >= 1 for values in cells.values() for e in values)}",
-            *(f"{statistics.fmean(es):.3f}" if es else "–" for es in by_task),
-        ]
-        lines.append(f"| {name} | {lr:g} | {len(means)} | {' | '.join(columns)} |")
+    lines = ["| contender | base lr | cells | e: mean, worst cell | manic there | lost |", "|---" * 6 + "|"]
+    for (name, lr), at in sorted(found.items(), key=lambda item: (list(CONTENDERS).index(item[0][0]), item[0][1])):
+        there = mean_and_worst(ours, at) if name != "manic" else ""
+        lost = sum(e >= 1 for values in at.values() for e in values)
+        lines.append(f"| {name} | {lr:g} | {len(at)} | {mean_and_worst(at, at)} | {there} | {lost} |")
+    return "\n".join(lines)
+
+
+def by_family(found: Excess, soon: Excess) -> str:
+    """One line per family and contender, at the base lr that its users would give: as `table`, and when it arrives."""
+    lines = ["| family | contender | cells | e: mean, worst cell | manic there | there after: median, worst |"]
+    lines += ["|---" * 6 + "|"]
+    for family in dict.fromkeys(task.family for task in TASKS.values()):
+        for (name, lr), at in found.items():
+            mine = [cell for cell in at if TASKS[cell[0]].family == family]
+            if not mine or (lr != USUAL and len(CONTENDERS[name].lrs) > 2):
+                continue
+            there = mean_and_worst(found.get(("manic", USUAL), {}), mine) if name != "manic" else ""
+            shares = [share for cell in mine for share in soon[name, lr][cell]]
+            when = ", ".join(f"{x:.2f}" if x <= 1 else "–" for x in (statistics.median(shares), max(shares)))
+            label = name if len(CONTENDERS[name].lrs) != 2 else f"{name}, lr {lr:g}"
+            lines.append(f"| {family} | {label} | {len(mine)} | {mean_and_worst(at, mine)} | {there} | {when} |")
     return "\n".join(lines)
 
 
 def by_cell(found: Excess) -> str:
-    """One line per cell: its family, whether the law may be chosen on it, and e of the contenders at the usual base lr,
-    the mean of the seeds and the worst of them."""
-    named = {name: cells for (name, lr), cells in found.items() if lr == USUAL or len(CONTENDERS[name].lrs) <= 2}
-    lines = [f"| family | part | task | base, schedule | {' | '.join(named)} |", "|---" * (4 + len(named)) + "|"]
-    for cell in dict.fromkeys(cell for cells in named.values() for cell in cells):
-        task = TASKS[cell[0]]
-        scores = [cells.get(cell) for cells in named.values()]
-        shown = [f"{statistics.fmean(es):.3f}, {max(es):.3f}" if es else "" for es in scores]
-        lines.append(f"| {task.family} | {task.part} | {cell[0]} | {cell[1]}, {cell[2]} | {' | '.join(shown)} |")
+    """One line per cell of manic: its family, whether the law may be chosen on it, and e at the usual base lr, the mean
+    of the seeds and the worst of them."""
+    lines = ["| family | part | task | base, schedule | e: mean, worst seed |", "|---" * 5 + "|"]
+    for cell, es in found.get(("manic", USUAL), {}).items():
+        task, shown = TASKS[cell[0]], f"{statistics.fmean(es):.3f}, {max(es):.3f}"
+        lines.append(f"| {task.family} | {task.part} | {cell[0]} | {cell[1]}, {cell[2]} | {shown} |")
     return "\n".join(lines)
 
 
@@ -527,7 +611,7 @@ def spread(found: Excess, name: str) -> float:
     return max((max(values) - min(values) for values in by_cell.values()), default=math.nan)
 
 
-def chart(rows: list[dict[str, Any]], path: Path) -> None:
+def chart(rows: list[Row], path: Path) -> None:
     """Final loss against base lr, AdamW with warm-up and cosine, one panel per task."""
     import matplotlib
 
@@ -540,7 +624,7 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
         "manic": ("manic", "#0b6e4f", "-"),
     }
     mine = [r for r in rows if (r["base"], r["schedule"], r["seed"]) == ("AdamW", "cosine", SCORE[0])]
-    tasks = [task for task in TASKS if any(r["task"] == task and r["contender"] == "manic" for r in mine)]
+    tasks = [task for task in TASKS if any(r["task"] == task and r["contender"] == "plain" for r in mine)]
     if not tasks:
         return
     columns = min(3, len(tasks))
@@ -568,6 +652,40 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def horizon(found: Excess, path: Path) -> None:
+    """e against the number of steps, one panel per model and schedule."""
+    tasks = [task for task in TASKS if TASKS[task].family == "horizon"]
+    looks = {"manic": "#0b6e4f", "Prodigy": "#c2571a", "AdamW 1e-3": "#5b6474", "manic, paper": "#b0b7c3"}
+    lines: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    for (name, lr), cells in found.items():
+        for (task, _, schedule, _), es in cells.items():
+            if task in tasks and name in looks and (lr == USUAL or len(CONTENDERS[name].lrs) == 1):
+                at = lines.setdefault((task.split()[0], schedule), {}).setdefault(name, [])
+                at.append((TASKS[task].steps, statistics.fmean(es)))
+    if not lines:
+        return
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, len(lines), figsize=(3.2 * len(lines), 3.4), sharey=True, squeeze=False)
+    for ((model, schedule), by_name), panel in zip(sorted(lines.items()), panels[0], strict=True):
+        panel.axhline(0, color="#d0d4db", linewidth=1)
+        for name in (name for name in looks if name in by_name):
+            panel.plot(*zip(*sorted(by_name[name]), strict=True), marker=".", color=looks[name], label=name)
+        panel.set_xscale("log")
+        panel.set_title(f"{model}, {schedule} lr", loc="left", fontsize=10)
+        panel.set_xlabel("steps")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("e: 0 is the best lr")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(looks), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -605,23 +723,26 @@ def main() -> None:
     if args.ablation:
         names = ["tuned", "manic", *ABLATION]
     tasks = args.tasks or [name for name, task in TASKS.items() if task.family in args.families]
-    steps = {task: TASKS[task].steps for task in tasks}
     if args.quick:
-        steps, names = {task: TASKS[task].steps for task, _, _ in QUICK}, ["tuned", "manic"]
+        tasks, names = list(dict.fromkeys(task for task, _, _ in QUICK)), ["tuned", "manic"]
         path.unlink(missing_ok=True)
-    runs = planned(steps, names, args.bases, args.quick)
-    rows = carry_out(runs, path, args.processes)
-    score = SCORE[:1] if args.quick else SCORE
-    rows = carry_out([replace(run, seed=s) for run in winners(rows).values() for s in score], path, args.processes)
-    found = {(name, lr): cells for (name, lr), cells in excess(rows).items() if name in names}
+    mine = cells(tasks, args.bases, args.quick)
+    rows = carry_out(planned(mine, names, args.quick), path, args.processes)
+    known = -1
+    while known < len(rows):
+        known = len(rows)
+        rows = carry_out(search(mine, rows, args.quick), path, args.processes)
+    score = [replace(run, seed=s) for run in winners(rows).values() for s in seeds(run, SCORE, args.quick)]
+    rows = carry_out(score, path, args.processes)
+    rows = [row for row in rows if row["contender"] in {"tuned", *names} and row["task"] in tasks]
+    found = excess(rows)
     for edge in at_the_edge(rows):
         print(edge)
-    print(table(found))
-    print(f"\nspread of manic's e over the base lr, any cell: {spread(found, 'manic'):.4f}")
-    print(f"\n{by_cell(found)}")
-    text = f"{table(found)}\n\n{by_cell(found)}\n"
+    text = f"{table(found)}\n\n{by_family(found, arrivals(rows))}\n\n{by_cell(found)}\n"
+    print(f"{text}\nspread of manic's e over the base lr, any cell: {spread(found, 'manic'):.4f}")
     (args.out / ("ablation.md" if args.ablation else "table.md")).write_text(text, encoding="utf-8")
     chart(rows, args.out / "loss_against_lr.png")
+    horizon(found, args.out / "horizon.png")
     faults = list(quick_check(found)) if args.quick else []
     sys.exit("\n".join(faults) if faults else 0)
 

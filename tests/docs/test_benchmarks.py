@@ -94,9 +94,9 @@ def test_the_report_is_made_of_what_was_written(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- quality
 
 
-def row(contender: str, lr: float, seed: int, final: float, initial: float = 5.0) -> dict[str, Any]:
+def row(contender: str, lr: float, seed: int, final: float, initial: float = 5.0, curve: str = "") -> dict[str, Any]:
     run = quality.Run("logreg", "SGD", "constant", contender, lr, seed, 10)
-    return {**asdict(run), "initial": initial, "final": final, "train": 1.0}
+    return {**asdict(run), "initial": initial, "final": final, "curve": curve}
 
 
 def test_excess_goes_by_seed_and_by_the_lr_that_other_seeds_have_chosen(tmp_path: Path) -> None:
@@ -111,7 +111,31 @@ def test_excess_goes_by_seed_and_by_the_lr_that_other_seeds_have_chosen(tmp_path
     assert few == pytest.approx([0.1, 0.2])
     assert broken == [1.0]
     assert quality.spread(found, "manic") == pytest.approx(0.9)
-    assert "| manic | 1e-08 | 1 | 0.150 | 0.150 |  | 0.100 | 0 | 0.150 |" in quality.table(found)
+    assert "| manic | 1e-08 | 1 | 0.150, 0.150 |  | 0 |" in quality.table(found)
+
+
+def test_a_cell_tries_every_second_lr_then_the_neighbours_of_the_best() -> None:
+    (cell,) = quality.cells(["GPT long"], ["AdamW"], quick=False)
+    every_second = quality.grid("AdamW")[::2]
+    tried: list[dict[str, Any]] = []
+    lrs = []
+    for _ in range(4):
+        for run in quality.search([cell], tried, quick=False):
+            if run not in [quality.of(row) for row in tried]:
+                lrs += [run.lr] if run.seed == 0 else []
+                tried.append({**asdict(run), "initial": 5.0, "final": abs(math.log(run.lr / 1.1e-2)), "curve": ""})
+    assert lrs == [*every_second, 1e-2, 1e-1]
+    (long,) = quality.cells(["GPT 10000"], ["AdamW"], quick=False)[:1]
+    assert [run.lr for run in quality.search([long], [], quick=False)] == every_second[1:4]
+
+
+def test_a_run_arrives_when_its_training_loss_is_that_of_the_tuned_run_at_its_end() -> None:
+    rows = [row("tuned", 0.1, seed, 2.0, curve="9 5 3") for seed in range(4)]
+    rows += [row("manic", quality.USUAL, 3, 2.0, curve="9 3 1"), row("manic", 1.0, 3, 2.0, curve="9 4 4")]
+    found = quality.arrivals(rows)
+    assert [*found["manic", quality.USUAL].values()] == [[2 / quality.WINDOWS]]
+    assert [*found["manic", 1.0].values()] == [[math.inf]]
+    assert "| short | manic | 1 | 0.000, 0.000 |  | 0.10, 0.10 |" in quality.by_family(quality.excess(rows), found)
 
 
 def test_what_is_wrong_with_a_quick_run() -> None:
