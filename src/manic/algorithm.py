@@ -269,7 +269,7 @@ def tune(
         betas: ``options.memories`` as a [n] tensor on the state's device.
         options: variant, s_decay, s_init, eps.
         unit: the base lr that "scale_free" divides out of Δ; ``options.s_init`` is in the user's units.
-        lr: 0-d, the lr of this step over the base lr.
+        lr: 0-d, |lr| of this step over the base lr.
 
     Returns:
         the new state, with the old ``update_sq`` and ``left_sq``, and the motion.
@@ -351,8 +351,8 @@ def fresh_state(options: Options, device: torch.device) -> Tensor:
 
 
 def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:
-    """The largest, 0-d on the device of `like`; a CUDA graph can capture it."""
-    found = [lr.to(like).reshape(()) for lr in lrs if isinstance(lr, Tensor)]
-    numbers = [lr for lr in lrs if not isinstance(lr, Tensor)]
+    """The largest |lr|, 0-d on the device of `like`; a CUDA graph can capture it. (Some schedules go below 0.)"""
+    found = [lr.to(like).reshape(()).abs() for lr in lrs if isinstance(lr, Tensor)]
+    numbers = [abs(lr) for lr in lrs if not isinstance(lr, Tensor)]
     found += [like.new_full((), max(numbers))] if numbers else []
     return torch.stack(found).amax() if len(found) > 1 else found[0]

@@ -6,7 +6,6 @@ All of it is 0-d and [n] tensors, n = len(Options.memories), that stay on their 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,8 +29,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.variant not in ("scale_free", "paper"):
             raise ValueError(f'variant must be "scale_free" or "paper", not {self.variant!r}')
-        if not isinstance(self.betas, Sequence) or isinstance(self.betas, str) or len(self.betas) == 0:
-            raise ValueError(f"betas must be a non-empty sequence of numbers in [0, 1], not {self.betas!r}")
+        if not isinstance(self.betas, list | tuple) or len(self.betas) == 0:
+            raise ValueError(f"betas must be a non-empty tuple of numbers in [0, 1], not {self.betas!r}")
         object.__setattr__(self, "betas", tuple(_number("betas", beta) for beta in self.betas))
         if not all(0 <= beta <= 1 for beta in self.betas):
             raise ValueError(f"every beta must lie in [0, 1], got {self.betas!r}")

@@ -84,6 +84,18 @@ def test_an_lr_that_leaps_is_its_own_equations(problem: Problem, base: str, unit
     assert scale_gap < 1e-9
 
 
+@pytest.mark.parametrize(("base", "unit"), [("sgd", 0.5), ("momentum", 0.1), ("adamw", 0.1)])
+@pytest.mark.parametrize("lowest", [-0.02, -3.0])
+def test_an_lr_below_0_is_its_own_equations(problem: Problem, base: str, unit: float, lowest: float) -> None:
+    """As where a job runs beyond the end of a schedule. Then an update goes uphill."""
+
+    def falling(t: int) -> float:
+        return max(1 - t / 50, lowest)
+
+    arguments = problem, base, torch.float64, falling, unit
+    assert run_both(*arguments, variant="scale_free", steps=80)[0] < 1e-9
+
+
 @pytest.mark.parametrize("wild", [-1e4, 1e4], ids=["up", "down"])
 @pytest.mark.parametrize(("base", "unit"), [("sgd", 0.5), ("momentum", 0.1), ("adamw", 0.1)])
 def test_a_wild_gradient_is_its_own_equations(problem: Problem, base: str, unit: float, wild: float) -> None:

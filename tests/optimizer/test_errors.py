@@ -26,6 +26,7 @@ WRONG_OPTIONS = [
     ({"betas": ()}, "non-empty"),
     ({"betas": 0.9}, "0.9"),
     ({"betas": "0.9"}, "non-empty"),
+    ({"betas": b"\0"}, "non-empty"),
     ({"betas": (0.9, 1.5)}, r"1\.5"),
     ({"betas": (-0.1,)}, r"-0\.1"),
     ({"betas": (0.9, "x")}, "'x'"),

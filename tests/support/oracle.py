@@ -114,7 +114,8 @@ def scale_free(
             d, ref, growth = [0.0] * len(x), list(x), 0.0
 
         # A higher lr: S is about updates at the highest so far, and so is all that was learned.
-        leap = max(1.0, over(schedule(t), peak))
+        lr = abs(schedule(t))
+        leap = max(1.0, over(lr, peak))
         m, v, scale, largest, update = leap * m, leap**2 * v, scale / leap, leap * largest, leap * update
         largest = max(largest, over(growth, scale)) or update
         whole = over(1 + origin, largest)
@@ -135,8 +136,8 @@ def scale_free(
         wild = over(abs(h), then or now)
         record = h > 0 and wild >= 0.5
 
-        peak = max(peak, schedule(t))
-        share = over(schedule(t), peak)
+        peak = max(peak, lr)
+        share = over(lr, peak)
         hovering = min(share * largest * over(seen, mean), math.sqrt(v / max(t - 1, 1)))
         tolerated = math.sqrt(1 - share) * over(quiet, size) ** 2 * hovering
         step = over(math.copysign(usual, h) - tolerated, now)
