@@ -19,6 +19,7 @@ from manic.collectives import anywhere
 from manic.diagnostics import UNPROPORTIONAL, Monitor, Snapshot, snapshot, warn
 from manic.parameters import KEPT, shards
 from manic.schedules import Schedule, fold
+from manic.sweeps.kernels import name_for
 from manic.tuner import Options
 from manic.wrapper import Closure, Inside, check_params, uninterrupted
 
@@ -54,7 +55,8 @@ class Run:
         self.calls = 0  # of step() so far, counted on the host
         # Adagrad has state from construction on.
         lazy = not self.inside.begun()
-        self.record = Record(self.inside.name, schedule.name, 0.0, lazy, frozen=False, options=options)
+        sweeps = name_for([*devices, self.device][0])
+        self.record = Record(self.inside.name, schedule.name, 0.0, lazy, frozen=False, sweeps=sweeps, options=options)
         self._written = self.record.written()  # this very object in each of our groups tells that it is ours
         self._mode: Learner | Frozen
         try:

@@ -209,6 +209,9 @@ def wanted(given: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     state = {number.get(key, key): values for key, values in dict(given["state"]).items()}
     # The first group speaks for all of them. Without a scheduler in the checkpoint the one that is here stays.
     one = {key: groups[0][key] for key in RECORDS if key in groups[0]}
+    if "mechanic_options" in one:
+        ours = live[0]["mechanic_options"][0]["sweeps"]  # it says by which sweeps the next steps will be taken
+        one["mechanic_options"] = ({**one["mechanic_options"][0], "sweeps": ours},)
     if "mechanic_options" in one and one["mechanic_options"][0]["scheduler"] is None:
         one |= {key: live[0][key] for key in ("mechanic_scheduler",) if key in live[0]}
         options = {**one["mechanic_options"][0], "scheduler": live[0]["mechanic_options"][0]["scheduler"]}

@@ -21,6 +21,8 @@ from training import Problem, flat
 from manic import Mechanic, diagnostics
 from manic.parameters import SLOT
 from manic.run import Run as Inner
+from manic.sweeps.kernels import name_for
+from manic.sweeps.native import Native
 
 
 @pytest.mark.parametrize("optimizer", sorted(optimizers()))
@@ -190,6 +192,7 @@ def test_groups_share_one_state_again_after_loading(problem: Problem) -> None:
     assert first["mechanic_step"] is second["mechanic_step"]
 
 
+@pytest.mark.filterwarnings("ignore:the checkpoint was written under other options")  # its sweeps
 def test_map_location(trained: Any, tmp_path: Path) -> None:
     """A checkpoint whose tensors were all mapped elsewhere comes back to the devices of the live objects."""
     _, mechanic = trained()
@@ -688,6 +691,23 @@ def test_a_load_is_no_step_for_a_hook(trained: Any) -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_a_checkpoint_says_which_sweeps_took_its_steps(trained: Any, recwarn: pytest.WarningsRecorder) -> None:
+    """And a Mechanic whose steps run in others warns, keeps its own name for the next checkpoint, and goes on."""
+    saved = trained()[1].state_dict()
+    (written,) = saved["param_groups"][0]["mechanic_options"]
+    assert written["sweeps"] == Native.name
+    assert name_for(torch.device("meta")) == "eager meta"
+    resumed = trained(steps=0)[1]
+    resumed.load_state_dict(saved)
+    assert len(recwarn) == 0
+    for group in saved["param_groups"]:
+        group["mechanic_options"] = ({**written, "sweeps": "eager cpu"},)
+    resumed = trained(steps=0)[1]
+    with pytest.warns(UserWarning, match="the eager cpu sweeps, and yours run in the C"):
+        resumed.load_state_dict(saved)
+    assert resumed.state_dict()["param_groups"][0]["mechanic_options"][0]["sweeps"] == Native.name
 
 
 def test_options_follow_the_checkpoint_and_differences_are_named(trained: Any, problem: Problem) -> None:

@@ -174,7 +174,8 @@ def load(
     if notes:
         warn("the checkpoint was written under other options: " + "; ".join(notes))
     skipped = TunerState.unpack(groups[0]["mechanic_state"], len(saved.options.memories)).skipped
-    return dataclasses.replace(saved, scheduler=record.scheduler), int(groups[0]["mechanic_step"]), int(skipped)
+    here = dataclasses.replace(saved, scheduler=record.scheduler, sweeps=record.sweeps)
+    return here, int(groups[0]["mechanic_step"]), int(skipped)
 
 
 def _differences(saved: Record, here: Record) -> list[str]:
@@ -185,6 +186,11 @@ def _differences(saved: Record, here: Record) -> list[str]:
         notes.append(f"its scheduler {saved.scheduler} is left out, since this Mechanic has none")
     if saved.scheduler is None and here.scheduler is not None:
         notes.append(f"it has no scheduler, so {here.scheduler} stays as it is")
+    if saved.sweeps not in (None, here.sweeps) and not saved.frozen:
+        notes.append(
+            f"its steps ran in the {saved.sweeps} sweeps, and yours run in the {here.sweeps} ones: the last digits "
+            "will differ from those of a run that was never interrupted"
+        )
     return notes
 
 

@@ -71,7 +71,7 @@ def upgraded_group(group: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, ValueError: it is broken.
     """
-    options, state = dict(in_a_tuple(group["mechanic_options"], "options are")), group["mechanic_state"]
+    options, state = {**in_a_tuple(group["mechanic_options"], "options are"), "sweeps": None}, group["mechanic_state"]
     n, names = len(options["betas"]), BEFORE
     if options["format"] == 1:
         options.update(format=FORMAT, base_lr=options.pop("unit"))

@@ -31,6 +31,7 @@ class Record:
     base_lr: float  # the lr that "scale_free" divides out; 0: not known yet, since every lr is 0
     lazy: bool  # the base creates its state in its first step
     frozen: bool
+    sweeps: str | None  # which took the steps: the same ones go on bit for bit; None: not known
     options: Options
 
     @property
@@ -64,8 +65,11 @@ def read(groups: Sequence[Mapping[str, Any]]) -> tuple[Record, dict[str, Any] | 
     try:
         base, scheduler = saved.pop("base"), saved.pop("scheduler")
         base_lr, lazy, frozen = float(saved.pop("base_lr")), saved.pop("lazy"), saved.pop("frozen")
+        sweeps = saved.pop("sweeps")
         if not isinstance(lazy, bool) or not isinstance(frozen, bool):
             raise TypeError(f"lazy = {lazy!r} and frozen = {frozen!r} must be bools")
+        if not isinstance(sweeps, str | None):
+            raise TypeError(f"sweeps = {sweeps!r} must be a string, or None")
         if not 0 <= base_lr < math.inf:
             raise ValueError(f"base_lr = {base_lr} must be >= 0 and finite")
         options = Options(**saved)
@@ -78,7 +82,7 @@ def read(groups: Sequence[Mapping[str, Any]]) -> tuple[Record, dict[str, Any] | 
         if "mechanic_scheduler" not in groups[0]:
             raise ValueError(f"the checkpoint has a {scheduler}, and no 'mechanic_scheduler'")
         schedule = in_a_tuple(groups[0]["mechanic_scheduler"], "state of the scheduler is")
-    return Record(base, scheduler, base_lr, lazy, frozen, options), schedule
+    return Record(base, scheduler, base_lr, lazy, frozen, sweeps, options), schedule
 
 
 def _check_tensors(i: int, group: Mapping[str, Any], first: Mapping[str, Any], options: Options) -> None:

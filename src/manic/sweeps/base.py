@@ -18,6 +18,7 @@ ALIGNED = 32  # elements: where in a buffer a tensor may begin, so that wide loa
 class Table(Group, ABC):
     """Parameters that one sweep takes at once: a table of their pieces, and one buffer for x_t of them all."""
 
+    name: str  # that checkpoints know them by: sweeps of the same name give the same bits
     dtypes: frozenset[torch.dtype]  # of parameters
     piece: int  # elements that one row of the table, and of the sums, is about
 

@@ -20,6 +20,12 @@ def kernels_for(device: torch.device) -> type[Table] | None:
     return native() if device.type == "cpu" else None
 
 
+def name_for(device: torch.device) -> str:
+    """What checkpoints call the sweeps for tensors on `device`."""
+    kernels = kernels_for(device)
+    return f"eager {device.type}" if kernels is None else kernels.name
+
+
 @lru_cache
 def triton(device: torch.device) -> type[Table] | None:
     """The Triton sweeps; None, with a warning, where a small example does not come out right."""

@@ -53,4 +53,5 @@ def native() -> type[Native] | None:
             "compiler (g++ or clang++), uninstall manic, and install it again with pip's --no-cache-dir"
         )
         return None
+    Native.name = f"C++ {level}"
     return Native

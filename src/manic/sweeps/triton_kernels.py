@@ -173,6 +173,7 @@ TYPES = {getattr(torch, name): getattr(tl, name) for name in ("float64", "float3
 class Triton(Table):
     """The launches."""
 
+    name = "Triton"
     dtypes = frozenset(TYPES)
     piece = 16 * 1024
     _spare: tuple[Tensor, ...] = ()  # pinned memory for steps that will be captured
