@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ REST = "mechanic_rest"
 KEPT = (REF, DELTA, REST)  # every key of ours in state[p]
 SLOT = {"scale_free": REF, "paper": DELTA}  # the slot, by variant
 RESTS = {torch.bfloat16: torch.int16, torch.float16: torch.float32}  # dtype of the rest, by that of the parameter
+
+LOOKS = attrgetter("dtype", "device", "shape")
 
 # Where the elements of a parameter are: all here (None), or a DTensor's mesh and whether each of its dimensions cuts.
 Layout = tuple[Any, tuple[bool, ...]] | None
@@ -153,9 +156,10 @@ def signature(params: list[Tensor], state: Mapping[Tensor, Any]) -> tuple[Any, .
     step. None: it cannot be told."""
     if not {Tensor, torch.nn.Parameter}.issuperset(map(type, params)):
         return None
-    kept = [entries and tuple([id(entries.get(key)) for key in KEPT]) for entries in map(state.get, params)]
+    entries = [*map(state.get, params)]
+    kept = [[one and id(one.get(key)) for one in entries] for key in KEPT]
     grads = [
         g if g is None else (g.dtype, g.stride(), g.is_neg()) if g.layout is torch.strided else g.layout
         for g in [p.grad for p in params]
     ]
-    return [*map(id, params)], [(p.dtype, p.device, p.shape, p.stride()) for p in params], grads, kept
+    return [*map(id, params)], [*map(LOOKS, params)], [*map(Tensor.stride, params)], grads, kept

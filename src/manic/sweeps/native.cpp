@@ -10,6 +10,9 @@
 #include <limits>
 #include <thread>
 #include <vector>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace {
 
@@ -55,22 +58,47 @@ inline void put(float x, bfloat16* stored, int16_t* rest, int64_t k) {
     stored[k].bits = uint16_t(high | (bits >> 16 & 0x8000));
 }
 
-// Calls body(k, j) for every element k of a lap, j its lane. Sums are kept by lane, so that their order, and with it
-// every bit, does not hang on how a compiler cuts a loop.
-template <class Body>
-inline void by_lanes(int64_t lap, int64_t count, Body body) {
+// Calls body(k, j) for every element k of a lap, j its lane, and before that first(k, n) for every n of them. Sums are
+// kept by lane, so that their order, and with it every bit, does not hang on how a compiler cuts a loop.
+template <class First, class Body>
+inline void by_lanes(int64_t lap, int64_t count, First first, Body body) {
     const int64_t end = count < lap + LAP ? count : lap + LAP;
     int64_t k = lap;
     for (; k + LANES <= end; k += LANES) {
+        first(k, LANES);
 #pragma omp simd
         for (int j = 0; j < LANES; ++j) body(k + j, j);
     }
+    first(k, end - k);
     for (int j = 0; k + j < end; ++j) body(k + j, j);
 }
 
 template <class W>
 inline void add_up(const W (&lanes)[LANES], double& sum) {
     for (int j = 0; j < LANES; ++j) sum += lanes[j];
+}
+
+// Copies elements of x to x_t, past the caches: the base steps before they are read again, and a line that is written
+// whole need not be read first. The caller ends with flush().
+template <class X>
+inline void put_aside(const X* x, X* before, int64_t count) {
+    const int64_t size = count * int64_t(sizeof(X));
+    const char* from = reinterpret_cast<const char*>(x);
+    char* to = reinterpret_cast<char*>(before);
+    int64_t k = 0;
+#ifdef __SSE2__
+    for (; k + 16 <= size; k += 16) {  // torch aligns the buffer; tensors and laps begin at whole lines of it
+        const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), some);
+    }
+#endif
+    std::memcpy(to + k, from + k, size_t(size - k));
+}
+
+inline void flush() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 // <d,g>, <d,x>, |g|^2, |x|^2, |d|^2 of a piece. DIFFERENCE: d = x - slot, else it is the slot.
@@ -84,10 +112,9 @@ void measure(const int64_t* row, double* sums) {
     double delta_grad = 0, delta_x = 0, grad_sq = 0, x_sq = 0, delta_sq = 0;
     for (int64_t lap = 0; lap < count; lap += LAP) {
         W dg[LANES] = {}, dx[LANES] = {}, gg[LANES] = {}, xx[LANES] = {}, dd[LANES] = {};
-        by_lanes(lap, count, [&](int64_t k, int j) {
-            const X stored = x[k];  // a copy from memory to memory would keep gcc from vectorising bfloat16
-            before[k] = stored;
-            const W xk = join(stored, rest, k), gk = wide(g[k]), dk = DIFFERENCE ? xk - slot[k] : slot[k];
+        const auto aside = [=](int64_t k, int64_t n) { put_aside(x + k, before + k, n); };
+        by_lanes(lap, count, aside, [&](int64_t k, int j) {
+            const W xk = join(x[k], rest, k), gk = wide(g[k]), dk = DIFFERENCE ? xk - slot[k] : slot[k];
             dg[j] += dk * gk;
             dx[j] += dk * xk;
             gg[j] += gk * gk;
@@ -96,6 +123,7 @@ void measure(const int64_t* row, double* sums) {
         });
         add_up(dg, delta_grad), add_up(dx, delta_x), add_up(gg, grad_sq), add_up(xx, x_sq), add_up(dd, delta_sq);
     }
+    flush();
     const double found[] = {delta_grad, delta_x, grad_sq, x_sq, delta_sq};
     std::memcpy(sums, found, sizeof found);
 }
@@ -115,7 +143,7 @@ void move(const int64_t* row, const W* by, double* sums) {
     double update_sq = 0, left_sq = 0;
     for (int64_t lap = 0; lap < count; lap += LAP) {
         W uu[LANES] = {}, dd[LANES] = {};
-        by_lanes(lap, count, [&](int64_t k, int j) {
+        by_lanes(lap, count, [](int64_t, int64_t) {}, [&](int64_t k, int j) {
             const W moved = wide(x[k]) - wide(before[k]), here = join(before[k], rest, k);
             const W u = std::fabs(moved) <= std::numeric_limits<W>::max() ? moved : W(0);
             const W y = slot[k], d = DIFFERENCE ? here - y : y;
