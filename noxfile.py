@@ -148,6 +148,9 @@ def bench(session: nox.Session) -> None:
         json = [] if name == "checkpoint_bytes" else ["--json", str(out / f"{name}.json")]
         script = str(ROOT / "docs" / "benchmarks" / f"{name}.py")
         session.run("python", script, *json, *(few if "quick" in session.posargs else []))
+    if "quick" in session.posargs:
+        script = str(ROOT / "docs" / "benchmarks" / "gpu.py")
+        session.run("python", script, "--dry", "--json", str(out / "gpu.json"))
     session.run("python", str(ROOT / "docs" / "benchmarks" / "report.py"), str(out))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from training import Problem
+from training import Problem, regression
 
 from manic import Mechanic, algorithm
 
@@ -24,11 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def problem() -> Problem:
-    generator = random.Random(0)
-    rows = [[generator.gauss(0, 1) for _ in range(12)] for _ in range(40)]
-    truth = [generator.gauss(0, 1) for _ in range(12)]
-    targets = [sum(a * b for a, b in zip(row, truth, strict=True)) + generator.gauss(0, 0.1) for row in rows]
-    return Problem(rows, targets, [generator.gauss(0, 0.3) for _ in range(12)])
+    return regression()
 
 
 @pytest.fixture

@@ -61,6 +61,11 @@ def sums(results: list[dict[str, Any]]) -> str:
     return table("relative error of ‖g‖²", dtypes, [(h, [found[h, d] for d in dtypes]) for h in names(results, "how")])
 
 
+def gpu(results: list[dict[str, Any]]) -> str:
+    rows = [(r["check"], [r["result"], r["goal"], r["ok"]]) for r in results]
+    return table("check or figure", ["result", "goal", "ok"], rows)
+
+
 def chart(results: list[dict[str, Any]], path: Path) -> None:
     """Step time on one thread: a group of bars per model, and where the floor is."""
     cases = names(results, "case")
@@ -93,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the .json files are, and the chart goes")
     folder = parser.parse_args().folder
-    for make in (step_time, end_to_end, memory, sums):
+    for make in (step_time, end_to_end, memory, sums, gpu):
         path = folder / f"{make.__name__}.json"
         if path.exists():
             data = json.loads(path.read_text())

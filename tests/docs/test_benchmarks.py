@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import contenders
+import gpu
+import gpu_checks
 import memory
 import pytest
 import quality
 import sums
 import torch
 from checkpoint_bytes import measure
+
+from manic.parameters import REST
+from manic.sweeps.native import Native, native
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -89,6 +97,110 @@ def test_the_report_is_made_of_what_was_written(tmp_path: Path) -> None:
     assert text.count("| 2.00 | 2.00 |") == len(names)
     report.chart(results, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+# ---------------------------------------------------------------------- the GPU script
+
+CPU = torch.device("cpu")
+
+
+def test_the_gpu_script_goes_as_far_as_a_cpu_lets_it(tmp_path: Path) -> None:
+    command = [sys.executable, gpu.__file__, "--dry", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    table = [[cell.strip() for cell in line.split(" | ")] for line in done.stdout.splitlines() if " | " in line]
+    assert table.pop(0) == ["check or figure", "result", "goal", "ok"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["machine"] == contenders.machine(CPU) == done.stdout.splitlines()[0]
+    assert [[row[key] for key in ("check", "result", "goal", "ok")] for row in written["results"]] == table
+    assert [row[0] for row in table] == [check.name for check in gpu.checks(CPU)]
+    assert [row[1] == "not on a CPU" for row in table] == [not check.on_cpu for check in gpu.checks(CPU)]
+    judged = [row for row in table if row[3] == "yes"]
+    assert len(judged) >= 12
+    assert {row[3] for row in table if row not in judged} == {"-"}
+
+
+class Wrong(Native):
+    """Moves x by a thousandth too far."""
+
+    def sweep(self, motion: torch.Tensor) -> None:
+        super().sweep(1.001 * motion)
+
+
+class Miscounting(Native):
+    """Loses a tenth of ‖g‖²."""
+
+    def measure(self) -> torch.Tensor:
+        return super().measure() * torch.tensor([1, 1, 0.9, 1, 1])
+
+
+@pytest.mark.parametrize(("kernels", "right"), [(Native, True), (Wrong, False), (Miscounting, False)])
+def test_the_gpu_script_finds_wrong_kernels(
+    kernels: type[Native], right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native() is Native
+    monkeypatch.setattr(gpu_checks, "kernels_of", lambda _: kernels)
+    found = gpu_checks.kernels_beside_eager(CPU, torch.float32)
+    assert found.reached is right
+    assert (found.figures["value"] < 1e-6) is right
+
+
+class Forgetful(gpu_checks.Training):
+    """Loses the digits that bfloat16 cannot hold, and has random noise in its loss."""
+
+    def train(self, start: int = 0, stop: int = 4) -> gpu_checks.Training:
+        for t in range(start, stop):
+            super().train(t, t + 1)
+            for w in self.weights:
+                self.mechanic.state[w].get(REST, torch.zeros(())).zero_()
+        return self
+
+    def loss(self, t: int) -> torch.Tensor:
+        return (1 + 1e-3 * torch.rand(())) * super().loss(t)
+
+
+def test_the_gpu_script_finds_runs_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_checks, "Training", Forgetful)
+        assert gpu_checks.two_runs(CPU, torch.float32) == gpu.Found("other bits", False)
+        found = gpu_checks.bfloat16_beside_float32(CPU)
+        assert (found.reached, found.figures["rest"]) == (False, 0)
+    monkeypatch.setattr(gpu_checks, "STEPS", 78)  # which the new process does not know
+    assert gpu_checks.resumed_run(CPU, torch.float32) == gpu.Found("other bits", False)
+
+
+def test_the_gpu_script_says_what_failed_and_what_it_skipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> gpu.Found:
+        raise RuntimeError("out of order\nsecond line")
+
+    def slow() -> gpu.Found:
+        monkeypatch.setattr(gpu, "BUDGET", -1.0)
+        return gpu.Found("2.3", False, {"ratio": 2.3})
+
+    def good() -> gpu.Found:
+        return gpu.Found("same bits", True)
+
+    made = [("first", good), ("raises", broken), ("slow", slow), ("late", good)]
+    monkeypatch.setattr(gpu, "checks", lambda _: [gpu.Check(name, "goal", call) for name, call in made])
+    path, threads = tmp_path / "gpu.json", torch.get_num_threads()
+    try:
+        assert gpu.main(["--dry", "--json", str(path)]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads(path.read_text())["results"]
+    assert [(row["check"], row["ok"]) for row in results] == [
+        ("first", "yes"), ("raises", "NO"), ("slow", "NO"), ("late", "skipped")
+    ]  # fmt: skip
+    out, err = capsys.readouterr()
+    assert "RuntimeError: out of order " in out
+    assert "in broken" in err
+    assert out.splitlines()[-1] == "not as it should be: raises (NO); slow (NO); late (skipped)"
+    pytest.importorskip("matplotlib")
+    import report
+
+    assert "| slow | 2.3 | goal | NO |" in report.gpu(results)
 
 
 # ---------------------------------------------------------------------- quality

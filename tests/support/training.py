@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,15 @@ class Problem:
             optimizer.zero_grad()
             self.loss(parameters, t).backward()
             optimizer.step()
+
+
+def regression() -> Problem:
+    """The problem of most tests."""
+    generator = random.Random(0)
+    rows = [[generator.gauss(0, 1) for _ in range(12)] for _ in range(40)]
+    truth = [generator.gauss(0, 1) for _ in range(12)]
+    targets = [sum(a * b for a, b in zip(row, truth, strict=True)) + generator.gauss(0, 0.1) for row in rows]
+    return Problem(rows, targets, [generator.gauss(0, 0.3) for _ in range(12)])
 
 
 def flat(parameters: Any) -> Tensor:
