@@ -293,7 +293,7 @@ ONE = tuple(base for base in BASES if base != "Muon + AdamW")  # for what takes 
 CONTENDERS: dict[str, Contender] = {
     "tuned": Contender("torch", ALL, (), plain),  # at the lrs of the base's grid
     "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
-    "manic": Contender("manic", ALL, ANY_LR, manic()),
+    "manic": Contender("manic", ALL, FAR_LR, manic()),
     "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
     "manic, paper": Contender("manic", ONE, FAR_LR, manic(variant="paper")),
     "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors),

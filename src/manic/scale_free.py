@@ -11,7 +11,7 @@ from manic.tuner import Motion, Options, Sums, TunerState, growth, inner_product
 START = 1e-3  # the first update moves x by this fraction of 1 + ‖x_ref‖, as DoG starts
 FLOOR = 1e-6  # and none by less than this
 CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S grows by less than 1.6 in a step
-SURPRISE = 2.0  # |h| and ‖g‖ count up to so many times those of before; no update follows an h beyond all of before
+SURPRISE = 2.0  # what is beyond so many times what came before counts in part; no update follows an h beyond all of it
 RECORD = 0.5  # an h > 0 so large beside all of before is an overshoot, not noise: it alone draws x back
 PATIENCE = 100.0  # steps after which an h > 0 that is no record is more and more taken for hovering
 MEMORY = 0.25  # update j weighs as much as j to this power in Δ
@@ -69,7 +69,8 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
     share = over(lr, peak)
     typical = (v / (old.steps - 1).clamp_min(1)).sqrt()
     hovering = torch.minimum(share * update_norm * over(seen, size), typical)
-    tolerated = (1 - share).clamp_min(0).sqrt() * over(quiet, grad_norm).square() * hovering
+    stirred = over(grad_norm, SURPRISE * quiet).clamp_min(1)
+    tolerated = (1 - share).clamp_min(0).sqrt() / stirred.square() * hovering
 
     # What is no record moves S by all that is known. A rise is the smaller, the more a gradient exceeds its mean. A
     # fall is the smaller, the longer the run: late in a run h > 0 is mostly hovering.

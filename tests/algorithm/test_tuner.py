@@ -132,7 +132,7 @@ def scale_free(
     peak = max(old["peak"], lr)
     share = over(lr, peak)
     hovering = min(share * largest * over(seen, size), math.sqrt(v / max(old["steps"] - 1, 1)))
-    tolerated = math.sqrt(1 - share) * over(quiet, mean) ** 2 * hovering
+    tolerated = math.sqrt(1 - share) / max(1.0, over(mean, 2 * quiet)) ** 2 * hovering
     fall = over(math.copysign(usual, h) - tolerated, now)
     if record:
         fall = over(usual, then or now)
@@ -224,7 +224,7 @@ def test_the_fields() -> None:
 @example(UNDER_WAY, {**ONE_STEP, "delta_grad": 0.5, "update_sq": 0.01}, PLAIN, 1.0, 0.25)
 @example(UNDER_WAY, {**ONE_STEP, "delta_grad": -0.5}, PLAIN, 1.0, 0.0)
 # Less where the gradients have grown, and a gradient above their mean makes a rise smaller.
-@example({**UNDER_WAY, "quiet": 0.5}, {**ONE_STEP, "delta_grad": 0.5}, PLAIN, 1.0, 0.25)
+@example({**UNDER_WAY, "quiet": 0.25}, {**ONE_STEP, "delta_grad": 0.5}, PLAIN, 1.0, 0.25)
 @example(UNDER_WAY, {**ONE_STEP, "delta_grad": -0.5, "grad_sq": 9.0}, PLAIN, 1.0, 1.0)
 # An lr that rises, where ⟨Δ,x⟩ counts.
 @example({**UNDER_WAY, "peak": 0.1}, ONE_STEP, PLAIN, 1.0, 1.0)

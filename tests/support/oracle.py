@@ -138,8 +138,9 @@ def scale_free(
 
         peak = max(peak, lr)
         share = over(lr, peak)
+        stirred = max(1.0, over(size, 2 * quiet))
         hovering = min(share * largest * over(seen, mean), math.sqrt(v / max(t - 1, 1)))
-        tolerated = math.sqrt(1 - share) * over(quiet, size) ** 2 * hovering
+        tolerated = math.sqrt(1 - share) / stirred**2 * hovering
         step = over(math.copysign(usual, h) - tolerated, now)
         step *= math.sqrt(100 / (t + 100)) if step > 0 else calm
         if record:
