@@ -501,7 +501,7 @@ def carry_out(runs: list[Run], path: Path, processes: int) -> list[Row]:
     if not todo:
         return rows
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
+    fresh = not rows
     with multiprocessing.get_context("spawn").Pool(processes) as pool, path.open("a", newline="") as file:
         for row in tqdm(pool.imap_unordered(train, todo), total=len(todo), disable=None):
             writer = csv.DictWriter(file, row.keys())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, Adafactor, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, Adafactor, Rprop
 
 from manic.tuner import Options, TunerState
 
@@ -89,7 +89,7 @@ def metrics(look: Snapshot) -> dict[str, float]:
 
 
 def findings(
-    look: Snapshot, last: Snapshot, level: Snapshot, base: type[Optimizer], waiting: bool
+    look: Snapshot, last: Snapshot, level: Snapshot, unproportional: str, waiting: bool
 ) -> Iterator[tuple[str, str]]:
     """Find what seems to be wrong with a run that is still learning: the kind of each fault, and a message.
 
@@ -97,7 +97,7 @@ def findings(
         look: the run now.
         last: the snapshot before; or the same one.
         level: the first snapshot with these lrs; or the same one.
-        base: the class of the base optimizer.
+        unproportional: the name of a base optimizer whose update is not proportional to its lr; "": there is none.
         waiting: the user has to step an LR scheduler.
     """
     since = look.step - last.step
@@ -108,10 +108,10 @@ def findings(
             f"{skipped} of the last {since} steps were skipped, because gradients were not finite. Look at the loss "
             "and at its input; with float16, use a GradScaler",
         )
-    if base in UNPROPORTIONAL:
+    if unproportional:
         yield (
             "unproportional",
-            f"the update of {base.__name__} is not proportional to its lr: only the schedule has an effect, not the "
+            f"the update of {unproportional} is not proportional to its lr: only the schedule has an effect, not the "
             "base lr, and effective_lr() is no lr for the plain optimizer",
         )
     if waiting and look.step - level.step >= IDLE:
@@ -184,12 +184,12 @@ class Monitor:
             self._told.add(kind or message)
             warn(message)
 
-    def examine(self, now: Snapshot, base: type[Optimizer], *, waiting: bool) -> None:
-        """Warn of what seems to be wrong with a run that is still learning. `waiting`: as in ``findings()``."""
+    def examine(self, now: Snapshot, unproportional: str, *, waiting: bool) -> None:
+        """Warn of what seems to be wrong with a run that is still learning. Arguments as in ``findings()``."""
         level, last = self._seen or (now, now)
         level = level if level.lrs == now.lrs else now
         self._seen = level, now
-        for kind, message in findings(now, last, level, base, waiting):
+        for kind, message in findings(now, last, level, unproportional, waiting):
             self.tell(message, kind)
 
     def forget(self) -> None:

@@ -218,7 +218,7 @@ class Mechanic(Wrapper):
         """
         now = self._run.snapshot()
         if not self._run.record.frozen:
-            self._run.monitor.examine(now, type(self.base_optimizer), waiting=self.scheduled_outside)
+            self._run.monitor.examine(now, self._run.inside.unproportional, waiting=self.scheduled_outside)
         return metrics(now)
 
     def _log(self) -> None:

@@ -16,7 +16,7 @@ from manic.algorithm import Frozen, Learner, field_of, fresh_state, on_host, sto
 from manic.checkpoint import loading
 from manic.checkpoint.record import Record
 from manic.collectives import anywhere
-from manic.diagnostics import UNPROPORTIONAL, Monitor, Snapshot, snapshot, warn
+from manic.diagnostics import Monitor, Snapshot, snapshot, warn
 from manic.parameters import KEPT, shards
 from manic.schedules import Schedule, fold
 from manic.sweeps.kernels import name_for
@@ -102,10 +102,10 @@ class Run:
         self._check_lrs()
         if self.calls > 0 and not any(self.snapshot().scales):
             raise ValueError(f"no scale has been learned in {self.calls} step(s): train on, and freeze later")
-        if isinstance(self.inside.optimizer, UNPROPORTIONAL):
+        if self.inside.unproportional:
             self.monitor.tell(
-                f"the update of {self.inside.name} is not proportional to its lr, which now carries the frozen scale: "
-                "its steps will differ from those so far",
+                f"the update of {self.inside.unproportional} is not proportional to its lr, which now carries the "
+                "frozen scale: its steps will differ from those so far",
                 "frozen",
             )
         state = self.inside.optimizer.state
@@ -204,7 +204,7 @@ class Run:
         lrs = [float(group.get("initial_lr", group["lr"])) for group in self.groups if "lr" in group]
         dtypes = {p.dtype for p in self.inside.params()}
         coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # float16 would overflow
-        boosted = coarse and not isinstance(self.inside.optimizer, UNPROPORTIONAL)
+        boosted = coarse and not self.inside.unproportional
         return max(lrs, default=1.0) / (BOOST if boosted else 1.0)
 
     def _attach_state(self, groups: list[dict[str, Any]], options: Options) -> None:

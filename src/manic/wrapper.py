@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
 
+from manic.chains import members, name_of, prepare
+from manic.diagnostics import UNPROPORTIONAL
 from manic.parameters import Layout, layout_of, local, shards
 
 Closure = Callable[[], Any]
@@ -40,14 +41,7 @@ class Wrapper(Optimizer):
     def __init__(self, base_optimizer: Optimizer) -> None:
         # Optimizer.__init__ would build its own param_groups and state; this is the rest of what it does.
         # The hooks must not be the base's: torch would call each twice.
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
-        self._warned_capturable_if_run_uncaptured = True
+        prepare(self)
         self.base_optimizer = base_optimizer
 
     @disable_dynamo
@@ -86,8 +80,13 @@ class Inside:
 
     @property
     def name(self) -> str:
-        """The name of its class."""
-        return type(self.optimizer).__name__
+        """The name of its class, and of those that it is made of."""
+        return name_of(self.optimizer)
+
+    @property
+    def unproportional(self) -> str:
+        """The name of the first of its optimizers whose update is not proportional to its lr; "": there is none."""
+        return next((type(one).__name__ for one in members(self.optimizer) if isinstance(one, UNPROPORTIONAL)), "")
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -109,8 +108,9 @@ class Inside:
 
     def watch(self, on_step: Callable[..., None], on_state_dict: Callable[..., None]) -> None:
         """Call these before its step and its state_dict. An optimizer that skips Optimizer.__init__ has no hooks."""
-        if hasattr(self.optimizer, "_optimizer_step_pre_hooks"):
-            self._hooks.append(self.optimizer.register_step_pre_hook(on_step))
+        for one in dict.fromkeys((self.optimizer, *members(self.optimizer))):
+            if hasattr(one, "_optimizer_step_pre_hooks"):
+                self._hooks.append(one.register_step_pre_hook(on_step))
         if hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):
             self._hooks.append(self.optimizer.register_state_dict_pre_hook(on_state_dict))
 

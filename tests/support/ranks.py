@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manic import Mechanic, algorithm
+from manic import Mechanic, algorithm, chain
 
 SAVED_AT, STEPS = 10, 30
 BASES: dict[str, Any] = {
@@ -44,6 +44,10 @@ BASES: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-3),
+    "chain": lambda p: chain(
+        getattr(torch.optim, "Muon", torch.optim.RMSprop)([q for q in p if q.ndim == 2], lr=2e-2),
+        torch.optim.AdamW([q for q in p if q.ndim != 2], lr=1e-3),
+    ),
 }
 
 

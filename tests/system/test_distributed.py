@@ -45,6 +45,7 @@ ROUTES = [
     (("hsdp", 4), ("hsdp", 4)),
 ]
 FORMS = [("adamw", "float32"), ("sgd", "float32"), ("adagrad", "float32"), ("adamw", "bfloat16"), ("adamw", "float16")]
+FORMS += [("chain", "float32")]
 MODES = ["nested", "flat", "stateful"]
 DCP = [(*route, "adamw", "float32", mode) for route in ROUTES for mode in MODES]
 DCP += [(("fsdp", 2), ("fsdp", 2), *form, mode) for form in FORMS[1:] for mode in MODES]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 
+from manic.chains import owners
 from manic.checkpoint.record import Record, is_plain
 from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, shards
 from manic.schedules import IN_A_GROUP, PER_GROUP
@@ -59,14 +60,11 @@ def check_groups(base: Optimizer, groups: list[dict[str, Any]]) -> None:
     ids = [key for group in groups for key in group["params"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"the param groups of the checkpoint have a parameter twice: {ids}")
-    constructor = inspect.signature(type(base).__init__).parameters
-    may_be_none = {name for name, parameter in constructor.items() if parameter.default is None}
-    may_be_none = (may_be_none | {name for name, value in base.defaults.items() if value is None}) - set(IN_A_GROUP)
-    for i, (saved, live) in enumerate(zip(groups, base.param_groups, strict=True)):
+    for i, (saved, live, one) in enumerate(zip(groups, base.param_groups, owners(base), strict=True)):
         theirs, ours = len(saved["params"]), len(live["params"])
         if theirs != ours:
             raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")
-        for name, default in base.defaults.items():
+        for name, default in one.defaults.items():
             # torch fills in the flags that an older version did not have; a number is another optimizer's.
             if name not in saved and default is not None and not isinstance(default, bool):
                 raise ValueError(f"param group {i} of the checkpoint has no {name!r}: is it that of another optimizer?")
@@ -74,8 +72,15 @@ def check_groups(base: Optimizer, groups: list[dict[str, Any]]) -> None:
         if lost and "mechanic_scheduler" in live.keys() & saved.keys():
             raise ValueError(f"param group {i} of the checkpoint has no {min(lost)!r}, which its scheduler needs")
         own = {"params", *(name for name in live if name.startswith("mechanic_"))}
-        unset = {name for name in may_be_none if saved.get(name) is None}
+        unset = {name for name in _may_be_none(one) if saved.get(name) is None}
         check_settings(saved, {k: v for k, v in live.items() if k not in own | unset}, f"param group {i}")
+
+
+def _may_be_none(one: Optimizer) -> set[str]:
+    """The settings of an optimizer that are None by default."""
+    constructor = inspect.signature(type(one).__init__).parameters
+    unset = {name for name, parameter in constructor.items() if parameter.default is None}
+    return (unset | {name for name, value in one.defaults.items() if value is None}) - set(IN_A_GROUP)
 
 
 def check_record(saved: Record, here: Record) -> None:
@@ -216,34 +221,32 @@ def _check_tensor(what: str, value: Any, p: Tensor, *, fits: bool) -> None:
 
 
 def try_out(base: Optimizer, unit: float = 1.0) -> None:
-    """Check that one of torch's own optimizers can go on, at lr / unit, with what it has loaded. Changes nothing.
+    """Check that torch's own optimizers can go on, at lr / unit, with what they have loaded. Changes nothing.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: one cannot.
     """
-    if not type(base).__module__.startswith("torch.optim") or isinstance(base, LBFGS):  # which wants a closure
-        return
-    groups = [{**own, "lr": own["lr"] / unit} if "lr" in own else own for own in base.param_groups]
-    # Its constructor knows the ranges of all options. (Some schedules make the lr negative.)
-    known = inspect.signature(type(base)).parameters.keys() - {"params", "lr"}
-    options = [{name: value for name, value in group.items() if name in known} for group in groups]
-    members = [(i, p) for i, group in enumerate(groups) for p in group["params"]]
-    for number, (i, p) in enumerate(members):
+    members = [
+        (one, group, p) for one, group in zip(owners(base), base.param_groups, strict=True) for p in group["params"]
+    ]
+    for number, (one, group, p) in enumerate(members):
         plain = type(local(p)) in (Tensor, torch.nn.Parameter) and not p.is_meta
+        if not type(one).__module__.startswith("torch.optim") or isinstance(one, LBFGS):  # which wants a closure
+            continue
         # A part of a parameter has nothing to do with Adafactor's rows and columns of the whole.
-        if p not in base.state or not plain or (isinstance(base, Adafactor) and shards(layout_of(p)) > 1):
+        if p not in base.state or not plain or (isinstance(one, Adafactor) and shards(layout_of(p)) > 1):
             continue
         state = {name: value for name, value in base.state[p].items() if name not in KEPT}
         for name, value in state.items():
             if isinstance(value, Tensor | int | float):
                 _check_value(f"{name} of parameter {number}", torch.as_tensor(value), p)
         try:
-            _step_a_stand_in(base, groups[i], options[i], p, state)
+            _step_a_stand_in(one, {**group, "lr": group["lr"] / unit} if "lr" in group else group, p, state)
         except KeyError as error:
             raise ValueError(f"the checkpoint has no {error} for parameter {number}") from error
         except WRONG as error:
             raise ValueError(
-                f"{type(base).__name__} cannot step parameter {number} with the options and the state in the "
+                f"{type(one).__name__} cannot step parameter {number} with the options and the state in the "
                 f"checkpoint: {error}"
             ) from error
 
@@ -258,12 +261,8 @@ def _check_value(what: str, value: Tensor, p: Tensor) -> None:
         raise ValueError(f"{what} is {value.item()} in the checkpoint")
 
 
-def _step_a_stand_in(
-    base: Optimizer, group: dict[str, Any], options: dict[str, Any], p: Tensor, state: dict[str, Any]
-) -> None:
-    """Step the first two elements of p in each of its dimensions, with those of its state, as the base would.
-
-    `options`: what of the group the constructor takes.
+def _step_a_stand_in(one: Optimizer, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+    """Step the first two elements of p in each of its dimensions, with those of its state, as `one` would.
 
     Raises:
         KeyError: the state lacks something.
@@ -271,15 +270,17 @@ def _step_a_stand_in(
     """
     small = torch.nn.Parameter(torch.zeros_like(_corner(p)))
     small.grad = torch.ones_like(small)
-    if isinstance(base, SparseAdam):
+    if isinstance(one, SparseAdam):
         small.grad = small.grad.to_sparse()
-    stand_in = type(base)([small], **options)
+    # The constructor knows the ranges of all options. (Some schedules make the lr negative.)
+    known = inspect.signature(type(one)).parameters.keys() - {"params", "lr"}
+    stand_in = type(one)([small], **{name: value for name, value in group.items() if name in known})
     stand_in.param_groups[0].update({**group, "params": [small]})
     stand_in.state.clear()
     if state:
         corners = {k: _corner(v).clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()}
         stand_in.state[small] = corners
-    step = type(base).step
+    step = type(one).step
     getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
     for name, value in stand_in.state[small].items():
         if value is not None and name not in state:
