@@ -99,7 +99,7 @@ def plain(model: nn.Module) -> Any:
     return chain(*pair(model))
 
 
-@pytest.mark.parametrize("wrapped", [plain, build, lambda model: build(model, per_group=True)], ids=str)
+@pytest.mark.parametrize("wrapped", [plain, build, lambda model: build(model, per_group=True)], ids=["chain", "one scale", "per group"])
 def test_it_resumes_bit_for_bit(wrapped: Callable[[nn.Module], Any]) -> None:
     """From a file, in a new model that has taken other steps; and as a copy, and from a pickle."""
     model = net()
@@ -125,7 +125,7 @@ def test_it_resumes_bit_for_bit(wrapped: Callable[[nn.Module], Any]) -> None:
 
 
 @pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("wrapped", [plain, build], ids=str)
+@pytest.mark.parametrize("wrapped", [plain, build], ids=["chain", "Mechanic"])
 def test_get_and_set_optimizer_state_dict(wrapped: Callable[[nn.Module], Any], flat: bool) -> None:
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, other = net(), net(1)
