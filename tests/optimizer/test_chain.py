@@ -99,7 +99,9 @@ def plain(model: nn.Module) -> Any:
     return chain(*pair(model))
 
 
-@pytest.mark.parametrize("wrapped", [plain, build, lambda model: build(model, per_group=True)], ids=["chain", "one scale", "per group"])
+@pytest.mark.parametrize(
+    "wrapped", [plain, build, lambda model: build(model, per_group=True)], ids=["chain", "one scale", "per group"]
+)
 def test_it_resumes_bit_for_bit(wrapped: Callable[[nn.Module], Any]) -> None:
     """From a file, in a new model that has taken other steps; and as a copy, and from a pickle."""
     model = net()
