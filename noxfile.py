@@ -192,9 +192,9 @@ import manic, sys, torch, warnings, importlib.resources
 from manic.sweeps.native import native
 
 p = torch.nn.Parameter(torch.ones(3))
-m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9))
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
+    m = manic.Mechanic(torch.optim.SGD([p], lr=1e-9))
     for _ in range(9):
         (p ** 2).sum().backward()
         m.step()

@@ -189,7 +189,8 @@ class ByHand:
         self.peak = max(self.peak, lr)
         share = over(lr, self.peak)
         hovering = min(share * self.largest * over(seen, mean), math.sqrt(v / max(self.steps - 1, 1)))
-        by = over(math.sqrt(1 - share) * over(self.quiet, self.size) ** 2 * hovering - math.copysign(usual, h), now)
+        stirred = max(1.0, over(self.size, 2 * self.quiet))
+        by = over(math.sqrt(1 - share) / stirred**2 * hovering - math.copysign(usual, h), now)
         if record:
             by = -over(usual, then or now)
         else:
