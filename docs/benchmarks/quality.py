@@ -428,7 +428,7 @@ def planned(cells: list[Run], contenders: Iterable[str], quick: bool) -> list[Ru
             continue
         if name == "plain" and TASKS[cell.task].family != "short":  # the figure's
             continue
-        lrs = contender.lrs[:: 1 + 2 * quick]
+        lrs = contender.lrs[:2] if quick else contender.lrs
         if USUAL in lrs and cell.steps >= LONG:
             lrs = (USUAL,)
         for lr in lrs:

@@ -241,6 +241,11 @@ def test_a_cell_tries_every_second_lr_then_the_neighbours_of_the_best() -> None:
     assert [run.lr for run in quality.search([long], [], quick=False)] == every_second[1:4]
 
 
+def test_a_quick_run_has_the_base_lr_that_it_judges_and_another() -> None:
+    cells = quality.cells([task for task, _, _ in quality.QUICK], list(quality.BASES), quick=True)
+    assert {run.lr for run in quality.planned(cells, ["manic"], quick=True)} == {1e-8, quality.USUAL}
+
+
 def test_a_run_arrives_when_its_training_loss_is_that_of_the_tuned_run_at_its_end() -> None:
     rows = [row("tuned", 0.1, seed, 2.0, curve="9 5 3") for seed in range(4)]
     rows += [row("manic", quality.USUAL, 3, 2.0, curve="9 3 1"), row("manic", 1.0, 3, 2.0, curve="9 4 4")]
