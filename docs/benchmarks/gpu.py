@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 sys.path.append(str(Path(__file__).parents[2] / "src"))  # where manic is not installed
 import gpu_checks
+import memory
 from contenders import Parameters, adamw, machine, ratio, seconds, write
 from gpu_checks import Found, captured, limit
 from step_time import CASES, Shapes, parameters_of
@@ -86,15 +86,13 @@ def step_time(device: torch.device, shapes: Shapes, goal: float, graphs: bool = 
 
 def held(build: Callable[[Parameters], Any], device: torch.device, numel: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes in the state, held and transient; on a CPU those in the state alone."""
-    parameters = [nn.Parameter(torch.ones(numel // 8, dtype=dtype, device=device)) for _ in range(8)]
-    for p in parameters:
-        p.grad = torch.full_like(p, 1e-3)
+    parameters = memory.parameters_of(numel, 8, dtype, device)
     gc.collect()
     before = 0 if device.type == "cpu" else torch.cuda.memory_allocated()
     optimizer = build(parameters)
     for _ in range(5):
         optimizer.step()
-    found = {"state": sum(t.nbytes for kept in optimizer.state.values() for t in kept.values())}
+    found = {"state": memory.stored(optimizer.state)}
     if device.type != "cpu":
         after = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -103,7 +101,7 @@ def held(build: Callable[[Parameters], Any], device: torch.device, numel: int, d
     return found
 
 
-def memory(device: torch.device, dtype: torch.dtype, *goals: float) -> Found:
+def bytes_held(device: torch.device, dtype: torch.dtype, *goals: float) -> Found:
     dry = device.type == "cpu"
     numel = 8 * (2**14 if dry else 2**23)  # tensors of whole MiB, which the allocator does not round up
     plain, ours = (held(build, device, numel, dtype) for build in (adamw, lambda p: Mechanic(adamw(p))))
@@ -136,8 +134,8 @@ def checks(device: torch.device) -> Iterator[Check]:
     yield check("loss of bfloat16 and float32", "within 2 %", gpu_checks.bfloat16_beside_float32)
     yield check("host reads in a step", "none", gpu_checks.host_reads, on_cpu=False)
     yield check("steps on a busy device", "return", gpu_checks.busy_device, on_cpu=False)
-    yield check("bytes per parameter, torch.float32", "<= 4, 4, 4", memory, torch.float32, 4, 4, 4)
-    yield check("bytes per parameter, torch.bfloat16", "<= 6, 6, 2", memory, torch.bfloat16, 6, 6, 2)
+    yield check("bytes per parameter, torch.float32", "<= 4, 4, 4", bytes_held, torch.float32, 4, 4, 4)
+    yield check("bytes per parameter, torch.bfloat16", "<= 6, 6, 2", bytes_held, torch.bfloat16, 6, 6, 2)
     yield check("bandwidth of a copy", "-", copying)
     for name, shapes in MODELS.items():
         large = sum(map(math.prod, shapes)) >= 1e8
@@ -149,7 +147,7 @@ def checks(device: torch.device) -> Iterator[Check]:
 
 
 def tried(check: Check) -> Found:
-    """What it finds; if it raises, that is a failure."""
+    """Make a check. One that raises has failed."""
     try:
         gc.collect()
         if torch.cuda.is_available():

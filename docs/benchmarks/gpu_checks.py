@@ -37,7 +37,7 @@ STEPS = 80  # of Training; a resumed run is saved half way
 
 @dataclass
 class Found:
-    """What a check found. `reached` None: there is no goal."""
+    """The result of a check. `reached` is None where there is no goal."""
 
     result: str
     reached: bool | None = None
@@ -172,7 +172,7 @@ def resumed_run(device: torch.device, dtype: torch.dtype) -> Found:
 
 
 def resume(folder: Path) -> None:
-    """What the new process does, with a model that begins elsewhere."""
+    """Resume in the new process, with a model of other weights, and save where the run ends."""
     saved = torch.load(folder / "half.pt", weights_only=True)
     run = Training(saved["weights"][0].device, saved["weights"][0].dtype, seed=99)
     with torch.no_grad():

@@ -17,8 +17,8 @@ from contenders import CONTENDERS, Build, Parameters, adamw, installed, machine,
 from torch import nn
 
 
-def parameters_of(numel: int, tensors: int, dtype: torch.dtype) -> Parameters:
-    parameters = [nn.Parameter(torch.ones(numel // tensors, dtype=dtype)) for _ in range(tensors)]
+def parameters_of(numel: int, tensors: int, dtype: torch.dtype, device: torch.device | None = None) -> Parameters:
+    parameters = [nn.Parameter(torch.ones(numel // tensors, dtype=dtype, device=device)) for _ in range(tensors)]
     for p in parameters:
         p.grad = torch.full_like(p, 1e-3)
     return parameters

@@ -520,41 +520,43 @@ def carry_out(runs: list[Run], path: Path, processes: int) -> list[Row]:
 Excess = dict[tuple[str, float], dict[tuple[str, ...], list[float]]]  # by contender and base lr, by cell, of each seed
 
 
-def pairs(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """Every scored run, and the run of the best lr with its seed."""
+def scored(rows: list[Row], score: Callable[[Row, Row], float]) -> Excess:
+    """The score of every run but those of the grid, beside the run of the best lr with its seed."""
     best = winners(rows)
     tuned = {
         (run.cell, row["seed"]): row
         for row in rows
         if row["contender"] == "tuned" and (run := of(row)) == replace(best[run.cell], seed=run.seed)
     }
+    found: Excess = {}
     for row in sorted(rows, key=lambda row: int(row["seed"])):  # they lie in the order in which they ended
         reference = tuned.get((of(row).cell, row["seed"]))
         if row["contender"] != "tuned" and reference is not None:
-            yield row, reference
+            at = found.setdefault((row["contender"], row["lr"]), {})
+            at.setdefault(of(row).cell, []).append(score(row, reference))
+    return found
 
 
 def excess(rows: list[Row]) -> Excess:
     """e of every scored run, seed against seed; at most 1 for one that broke off."""
-    found: Excess = {}
-    for row, reference in pairs(rows):
-        e = (row["final"] - reference["final"]) / (reference["initial"] - reference["final"])
-        at = found.setdefault((row["contender"], row["lr"]), {})
-        at.setdefault(of(row).cell, []).append(min(e, 1.0) if math.isfinite(e) else 1.0)
-    return found
+
+    def e(row: Row, reference: Row) -> float:
+        value = (row["final"] - reference["final"]) / (reference["initial"] - reference["final"])
+        return min(value, 1.0) if math.isfinite(value) else 1.0
+
+    return scored(rows, e)
 
 
 def arrivals(rows: list[Row]) -> Excess:
     """The share of the steps after which a run's training loss, window by window, is as low as that of the tuned run in
     its last window; inf if it never is."""
-    found: Excess = {}
-    for row, reference in pairs(rows):
+
+    def share(row: Row, reference: Row) -> float:
         goal = float(reference["curve"].split()[-1])
         curve = [float(loss) for loss in row["curve"].split()]
-        share = next(((k + 1) / WINDOWS for k, loss in enumerate(curve) if loss <= goal), math.inf)
-        at = found.setdefault((row["contender"], row["lr"]), {})
-        at.setdefault(of(row).cell, []).append(share)
-    return found
+        return next(((k + 1) / WINDOWS for k, loss in enumerate(curve) if loss <= goal), math.inf)
+
+    return scored(rows, share)
 
 
 def mean_and_worst(by_cell: dict[tuple[str, ...], list[float]], cells: Iterable[tuple[str, ...]]) -> str:

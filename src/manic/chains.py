@@ -182,6 +182,11 @@ def members(optimizer: Optimizer) -> list[Optimizer]:
     return optimizer.optimizers if isinstance(optimizer, Chain) else [optimizer]
 
 
+def with_members(optimizer: Optimizer) -> list[Optimizer]:
+    """A chain and its optimizers; any other alone."""
+    return [optimizer, *members(optimizer)] if isinstance(optimizer, Chain) else [optimizer]
+
+
 def owners(optimizer: Optimizer) -> list[Optimizer]:
     """For each param group the optimizer that it belongs to."""
     of = {id(group): one for one in members(optimizer) for group in one.param_groups}

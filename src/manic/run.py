@@ -50,13 +50,13 @@ class Run:
     ) -> None:
         self.inside, self.schedule, self.monitor = Inside(base_optimizer), schedule, Monitor()
         self.process_group = process_group
-        devices = [p.device for p in self.inside.params()]
-        self.device = torch.device(device) if device is not None else [*devices, torch.device("cpu")][0]
+        first = next((p.device for p in self.inside.params()), torch.device("cpu"))
+        self.device = first if device is None else torch.device(device)
         self.calls = 0  # of step() so far, counted on the host
         # Adagrad has state from construction on.
         lazy = not self.inside.begun()
-        sweeps = name_for([*devices, self.device][0])
-        self.record = Record(self.inside.name, schedule.name, 0.0, lazy, frozen=False, sweeps=sweeps, options=options)
+        name, sweeps = self.inside.name, name_for(first)
+        self.record = Record(name, schedule.name, 0.0, lazy, frozen=False, sweeps=sweeps, options=options)
         self._written = self.record.written()  # this very object in each of our groups tells that it is ours
         self._mode: Learner | Frozen
         try:

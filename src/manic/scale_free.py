@@ -11,7 +11,7 @@ from manic.tuner import Motion, Options, Sums, TunerState, growth, inner_product
 START = 1e-3  # the first update moves x by this fraction of 1 + ‖x_ref‖, as DoG starts
 FLOOR = 1e-6  # and none by less than this
 CAUTION = 4.0  # how much the largest |h| weighs beside the sum of squares: S grows by less than 1.6 in a step
-SURPRISE = 2.0  # what is beyond so many times what came before counts in part; no update follows an h beyond all of it
+SURPRISE = 2.0  # |h| and ‖g‖ may grow so many times; no update follows an h so many times all that came before
 RECORD = 0.5  # an h > 0 so large beside all of before is an overshoot, not noise: it alone draws x back
 PATIENCE = 100.0  # steps after which an h > 0 that is no record is more and more taken for hovering
 MEMORY = 0.25  # update j weighs as much as j to this power in Δ

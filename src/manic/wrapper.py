@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
 
-from manic.chains import members, name_of, prepare
+from manic.chains import members, name_of, params_of, prepare, with_members
 from manic.diagnostics import UNPROPORTIONAL
 from manic.parameters import Layout, layout_of, local, shards
 
@@ -95,7 +95,7 @@ class Inside:
 
     def params(self) -> list[Tensor]:
         """The parameters of all groups, in order."""
-        return [p for group in self.groups for p in group["params"]]
+        return list(params_of(self.optimizer))
 
     def layouts(self) -> list[Layout]:
         """How the parameters are spread over processes, sharded ones first: the same list on every rank."""
@@ -108,7 +108,7 @@ class Inside:
 
     def watch(self, on_step: Callable[..., None], on_state_dict: Callable[..., None]) -> None:
         """Call these before its step and its state_dict. An optimizer that skips Optimizer.__init__ has no hooks."""
-        for one in dict.fromkeys((self.optimizer, *members(self.optimizer))):
+        for one in with_members(self.optimizer):
             if hasattr(one, "_optimizer_step_pre_hooks"):
                 self._hooks.append(one.register_step_pre_hook(on_step))
         if hasattr(self.optimizer, "_optimizer_state_dict_pre_hooks"):

@@ -256,7 +256,7 @@ def is_lost(state: dict[str, Any]) -> bool:
         return False
     groups, values = state["param_groups"], [v for v in dict(state["state"]).values() if isinstance(v, dict)]
     below = [v["grad_avg"].square() > v["square_avg"] for v in values if "grad_avg" in v]
-    return any(g["lr"] > 1e29 or g.get("alpha", 1) < 1e-6 for g in groups) or any(bool(b.any()) for b in below)
+    return any(float(g["lr"]) >= 1e30 or g.get("alpha", 1) < 1e-6 for g in groups) or any(bool(b.any()) for b in below)
 
 
 def attempt(case: Case, state: Any, steps: int) -> str:

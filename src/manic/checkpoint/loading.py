@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.chains import members
+from manic.chains import with_members
 from manic.checkpoint.older import upgraded
 from manic.checkpoint.record import TENSORS, Record, read
 from manic.checkpoint.validation import (
@@ -96,7 +96,7 @@ def all_or_nothing(base: Optimizer, schedule: Schedule, anywhere: Callable[[bool
         ValueError: the checkpoint does not fit, here or on another rank.
     """
     state = schedule.state()
-    before = [(owner, dict(vars(owner))) for owner in (base, *members(base), *schedule.members)]
+    before = [(owner, dict(vars(owner))) for owner in (*with_members(base), *schedule.members)]
 
     def undo() -> None:
         for owner, attributes in before:

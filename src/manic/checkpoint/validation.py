@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 
-from manic.chains import owners
+from manic.chains import owners, params_of
 from manic.checkpoint.record import Record, is_plain
 from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, shards
 from manic.schedules import IN_A_GROUP, PER_GROUP
@@ -46,8 +47,7 @@ def by_number(state_dict: dict[str, Any]) -> dict[str, Any]:
 def by_id(base: Optimizer, groups: list[dict[str, Any]]) -> dict[Any, Tensor]:
     """The live parameters by the ids that they have in the groups of a checkpoint."""
     ids = chain.from_iterable(group["params"] for group in groups)
-    params = chain.from_iterable(group["params"] for group in base.param_groups)
-    return dict(zip(ids, params, strict=True))
+    return dict(zip(ids, params_of(base), strict=True))
 
 
 # ---------------------------------------------------------------------- settings
@@ -78,9 +78,14 @@ def check_groups(base: Optimizer, groups: list[dict[str, Any]]) -> None:
 
 def _may_be_none(one: Optimizer) -> set[str]:
     """The settings of an optimizer that are None by default."""
-    constructor = inspect.signature(type(one).__init__).parameters
-    unset = {name for name, parameter in constructor.items() if parameter.default is None}
+    unset = {name for name, parameter in _arguments(type(one).__init__).items() if parameter.default is None}
     return (unset | {name for name, value in one.defaults.items() if value is None}) - set(IN_A_GROUP)
+
+
+@lru_cache
+def _arguments(constructor: Callable[..., None]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of an optimizer's constructor. Looking takes a while, and many parameters have the same one."""
+    return inspect.signature(constructor).parameters
 
 
 def check_record(saved: Record, here: Record) -> None:
@@ -273,7 +278,7 @@ def _step_a_stand_in(one: Optimizer, group: dict[str, Any], p: Tensor, state: di
     if isinstance(one, SparseAdam):
         small.grad = small.grad.to_sparse()
     # The constructor knows the ranges of all options. (Some schedules make the lr negative.)
-    known = inspect.signature(type(one)).parameters.keys() - {"params", "lr"}
+    known = _arguments(type(one).__init__).keys() - {"params", "lr"}
     stand_in = type(one)([small], **{name: value for name, value in group.items() if name in known})
     stand_in.param_groups[0].update({**group, "params": [small]})
     stand_in.state.clear()
