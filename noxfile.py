@@ -161,7 +161,10 @@ def quality(session: nox.Session) -> None:
 
     `nox -s quality -- --quick` takes minutes, and fails where loose bounds do not hold.
     """
-    peers = ("mechanic-pytorch", "prodigyopt", "schedulefree", "optax", "dadaptation", "dog-optimizer")
+    peers = (
+        *("mechanic-pytorch", "optax", "dadaptation", "dog-optimizer"),
+        *("prodigyopt", "prodigy-plus-schedule-free", "schedulefree"),
+    )
     install(session, ".[demo]", "numpy", "scikit-learn", *(() if "--quick" in session.posargs else peers))
     out = ROOT / "out" / "quality"
     session.run("python", str(ROOT / "docs" / "benchmarks" / "quality.py"), "--out", str(out), *session.posargs)

@@ -260,6 +260,10 @@ class Contender:
     dtype: torch.dtype = torch.float32  # of the parameters
     constants: tuple[tuple[str, float], ...] = ()  # of manic.scale_free, other than they are
 
+    def usual(self, lr: float) -> bool:
+        """Whether its users would give this base lr. The others show what the base lr does."""
+        return lr == USUAL or len(self.lrs) <= 2
+
 
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
     return Together([Stepper(optimizer, run) for optimizer in optimizers(run, model)])
@@ -432,11 +436,8 @@ def planned(cells: list[Run], contenders: Iterable[str], quick: bool) -> list[Ru
         if USUAL in lrs and cell.steps >= LONG:
             lrs = (USUAL,)
         for lr in lrs:
-            usual = lr == USUAL or len(lrs) <= 2
-            runs += [
-                replace(cell, contender=name, lr=lr, seed=seed)
-                for seed in seeds(cell, SCORE if usual else SCORE[:1], quick)
-            ]
+            some = seeds(cell, SCORE if contender.usual(lr) else SCORE[:1], quick)
+            runs += [replace(cell, contender=name, lr=lr, seed=seed) for seed in some]
     return runs
 
 
@@ -583,7 +584,7 @@ def by_family(found: Excess, soon: Excess) -> str:
     for family in dict.fromkeys(task.family for task in TASKS.values()):
         for (name, lr), at in found.items():
             mine = [cell for cell in at if TASKS[cell[0]].family == family]
-            if not mine or (lr != USUAL and len(CONTENDERS[name].lrs) > 2):
+            if not mine or not CONTENDERS[name].usual(lr):
                 continue
             there = mean_and_worst(found.get(("manic", USUAL), {}), mine) if name != "manic" else ""
             shares = [share for cell in mine for share in soon[name, lr][cell]]
@@ -665,7 +666,7 @@ def horizon(found: Excess, path: Path) -> None:
     lines: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
     for (name, lr), cells in found.items():
         for (task, _, schedule, _), es in cells.items():
-            if task in tasks and name in looks and (lr == USUAL or len(CONTENDERS[name].lrs) == 1):
+            if task in tasks and name in looks and CONTENDERS[name].usual(lr):
                 at = lines.setdefault((task.split()[0], schedule), {}).setdefault(name, [])
                 at.append((TASKS[task].steps, statistics.fmean(es)))
     if not lines:

@@ -42,7 +42,7 @@ class Mechanic(Wrapper):
 
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
-    ``mechanic_state`` (float64 [4n + 19], see ``manic.tuner.TunerState``; n = 1 in ``"scale_free"``),
+    ``mechanic_state`` (float64 [4n + 18], see ``manic.tuner.TunerState``; n = 1 in ``"scale_free"``),
     ``mechanic_step`` (float32 []), ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple). In
     ``state[p]``, from p's first step on, it keeps one tensor of p's shape, float32 or better: ``mechanic_ref`` (x_ref;
     ``"paper"``: ``mechanic_delta``, Δ), and for bfloat16 and float16 parameters ``mechanic_rest``: the digits of x that

@@ -36,7 +36,7 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
     # A rising lr is a change of unit for all that was before. So in a warm-up S grows by what it sees, not by what it
     # makes up for, and has nothing to take back at the end.
     leap = over(lr, old.peak).clamp_min(1)
-    old_m, old_v, old_scale = old.m[0] * leap, old.v[0] * leap.square(), old.scale / leap
+    old_m, old_v, old_r, old_scale = old.m[0] * leap, old.v[0] * leap.square(), old.r[0] * leap, old.scale / leap
     delta_norm = over(d, old_scale)
     update_norm = largest_update(old.update_norm * leap, over(change, old_scale), same)
     # S starts in the step after the first update, whose size is all that it needs.
@@ -52,31 +52,27 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
     of_delta = sums._replace(delta_grad=over(delta_grad, old_scale), delta_x=over(delta_x, old_scale))
     h = over(inner_product(of_delta, options.s_decay, over(d, x)), size)
     seen = torch.minimum(gradient, SURPRISE * size)
-    grad_norm = size + 2 / (old.steps + 2) * (seen - size)
-    quiet = torch.where(old.grad_norm > 0, torch.minimum(old.quiet, grad_norm), grad_norm)
+    recent = 2 / (old.steps + 2)  # means in which step j weighs about as j
+    grad_norm = size + recent * (seen - size)
 
     counted = torch.where(old_m > 0, torch.minimum(h.abs(), SURPRISE * old_m), h.abs())
     m, v = torch.maximum(old_m, counted), old_v + counted.square()
+    typical = torch.where(old_r > 0, old_r + recent * (counted - old_r), counted)
     now = (v + CAUTION * m.square()).sqrt()
     then = (old_v + CAUTION * old_m.square()).sqrt()
     then = torch.where(then > 0, then, now)
     surprise = over(h.abs(), then)
     record = (h > 0) & (surprise >= RECORD)
 
-    # h is what hovering costs, less what going on gains. Of the cost, ‖u‖·‖g‖ at most, the part that the schedule has
-    # set out to undo is no reason to go slower, unless the run itself has stirred the gradients up.
+    # What is no record moves S by all that is known. h < 0: S rises, by less the more the gradient exceeds its mean.
+    # h > 0: S falls, by less the longer the run, since late in a run that is mostly hovering. A part of hovering is
+    # tolerated where the lr falls: the schedule has set out to undo it.
     peak = torch.maximum(old.peak, lr)
     share = over(lr, peak)
-    typical = (v / (old.steps - 1).clamp_min(1)).sqrt()
-    hovering = torch.minimum(share * update_norm * over(seen, size), typical)
-    stirred = over(grad_norm, SURPRISE * quiet).clamp_min(1)
-    tolerated = (1 - share).clamp_min(0).sqrt() / stirred.square() * hovering
-
-    # What is no record moves S by all that is known. A rise is the smaller, the more a gradient exceeds its mean. A
-    # fall is the smaller, the longer the run: late in a run h > 0 is mostly hovering.
-    move = over(torch.sign(h) * counted - tolerated, now)
     patient = (PATIENCE / (old.steps + PATIENCE)).sqrt()
-    move = torch.where(move > 0, patient, over(size, gradient).clamp_max(1)) * move
+    tolerated = (patient * (1 - share).clamp_min(0)).sqrt() * typical
+    worth = torch.where(h > 0, patient, over(size, gradient).clamp_max(1))
+    move = over(worth * torch.sign(h) * counted - tolerated, now)
     # A record is measured by what was known when the bet was made: so a bad one is cut.
     move = torch.where(record, over(counted, then), move)
     scale = torch.where(begun, old_scale * (-share * move).exp(), first)
@@ -96,7 +92,7 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
     new = old._replace(
         m=m.view(1),
         v=v.view(1),
-        r=none.view(1),
+        r=typical.view(1),
         s=none.view(1),
         h=h,
         scale=scale,
@@ -105,7 +101,6 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
         x_norm=x,
         update_norm=update_norm,
         grad_norm=grad_norm,
-        quiet=quiet,
         keep=torch.where(forget, none, back),
         fade=fade,
         outliers=old.outliers + wild,

@@ -78,7 +78,7 @@ class TunerState(NamedTuple):
 
     m: Tensor  # [n] running maximum of |h|
     v: Tensor  # [n] running sum of h²
-    r: Tensor  # [n] reward: what the bets have won so far, >= 0; 0 in "scale_free"
+    r: Tensor  # [n] reward: what the bets have won so far, >= 0; "scale_free": mean |h|, later steps weighing more
     s: Tensor  # [n] the scales; Σ s multiplies Δ; 0 in "scale_free"
     h: Tensor  # []  h of the last step that counted
     scale: Tensor  # []  S: Δ = d/S
@@ -92,7 +92,6 @@ class TunerState(NamedTuple):
     skipped: Tensor  # []  steps skipped because a gradient was not finite
     steps: Tensor  # []  steps that counted
     grad_norm: Tensor  # []  mean of ‖g‖ over the steps, the later ones weighing more; "scale_free"
-    quiet: Tensor  # []  the smallest grad_norm so far; "scale_free"
     keep: Tensor  # []  what was kept of d before the last update was added: 1 in "paper"
     fade: Tensor  # []  and after: 1 in "paper"
     outliers: Tensor  # []  steps whose h was out of all proportion, so that no update followed; 0 in "paper"
@@ -103,11 +102,11 @@ class TunerState(NamedTuple):
     @staticmethod
     def size(n: int) -> int:
         """Elements of the flat form for n accumulators."""
-        return 4 * n + 19
+        return 4 * n + 18
 
     @staticmethod
     def unpack(flat: Tensor, n: int) -> TunerState:
-        """Views of a flat [4n + 19] tensor."""
+        """Views of a flat [4n + 18] tensor."""
         return TunerState(*flat[: 4 * n].view(4, n), *flat[4 * n :])
 
     def pack(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,12 +82,14 @@ def check_tuner(run: Run, saved: dict[str, Any]) -> None:
     """That "scale_free" has kept what it knew, in one accumulator."""
     for group, old in zip(run.mechanic.param_groups, saved["mechanic"]["param_groups"], strict=True):
         new, state = TunerState.unpack(group["mechanic_state"], 1), old["mechanic_state"]
-        assert (new.m, new.v, new.r, new.s) == (state[:6].max(), state[6:12].max(), 0, 0)
+        assert (new.m, new.v, new.s) == (state[:6].max(), state[6:12].max(), 0)
+        assert new.r == (new.v / new.steps.clamp_min(1)).sqrt()
+        assert (new.r > 0) == (new.steps > 1)
         for place, name in enumerate(
             ("h", "scale", "delta_norm", "numel", "update_norm", "ref_sq", "skipped", "steps")
         ):
             assert getattr(new, name) == state[24 + place]
-        assert new.quiet == new.grad_norm == state[32]
+        assert new.grad_norm == state[32]
         assert new.update_sq == new.left_sq == -1
 
 
@@ -190,26 +193,34 @@ def test_an_x_in_the_middle_between_two_of_bfloat16() -> None:
     torch.testing.assert_close(master(run, 1), middle)
 
 
-# ---------------------------------------------------------------------- format 2 at first
+# ---------------------------------------------------------------------- format 2 under older rules
 
 
 def of_several(group: dict[str, Any]) -> None:
     """Gives a param group of "scale_free" six accumulators, as format 2 had them at first."""
     fields = TunerState.unpack(group["mechanic_state"], 1)._asdict()
     several = [fields.pop(name) * torch.linspace(0, 1, 6, dtype=torch.float64) for name in "mvrs"]
-    for name in ("quiet", "left_sq"):
-        fields.pop(name)
+    fields.pop("left_sq")
+    several[2].zero_()
     group["mechanic_state"] = torch.cat([*several, torch.stack(list(fields.values()))])
 
 
-def test_a_checkpoint_with_several_accumulators_goes_on_with_one() -> None:
+def with_the_smallest(group: dict[str, Any]) -> None:
+    """Gives a param group of "scale_free" the smallest mean of ‖g‖, as format 2 had it then, and no mean of |h|."""
+    state = group["mechanic_state"]
+    at = TunerState._fields.index("keep")
+    group["mechanic_state"] = torch.cat([state[:2], state[2:3] * 0, state[3:at], state[at - 1 : at], state[at:]])
+
+
+@pytest.mark.parametrize(("older", "length"), [(of_several, 41), (with_the_smallest, 23)])
+def test_a_checkpoint_of_an_older_rule_goes_on(older: Callable[[dict[str, Any]], None], length: int) -> None:
     case = Case(torch.float64)
     run, resumed = Run(case), Run(case)
     run.train(range(case.saved_at))
     saved = run.save()
     for group in saved["mechanic"]["param_groups"]:
-        of_several(group)
-        assert group["mechanic_state"].shape == (41,)
+        older(group)
+        assert group["mechanic_state"].shape == (length,)
     with pytest.warns(UserWarning, match=r"older version .* in format 2: .* a new rule for the scale") as warned:
         resumed.load(saved)
     assert len(warned) == 1

@@ -90,9 +90,9 @@ def scale_free(
     the first update that is not 0.
     """
     ref: Vector = []
-    m, v, peak = 0.0, 0.0, 0.0  # the largest |h|, the sum of h², the highest lr
+    m, v, typical, peak = 0.0, 0.0, 0.0, 0.0  # the largest |h|, the sum of h², the mean |h|, the highest lr
     scale, largest = 0.0, 0.0  # S; the largest update
-    size, quiet = 0.0, math.inf  # the mean ‖g‖, and the smallest so far
+    size = 0.0  # the mean ‖g‖
     # Of the last step: ‖d‖ before its update, and at its end; by how much x was drawn back; the fade; ‖u‖; ‖x‖ before.
     kept, left, drawn, fade, update, x_norm = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for t in range(steps):
@@ -116,7 +116,8 @@ def scale_free(
         # A higher lr: S is about updates at the highest so far, and so is all that was learned.
         lr = abs(schedule(t))
         leap = max(1.0, over(lr, peak))
-        m, v, scale, largest, update = leap * m, leap**2 * v, scale / leap, leap * largest, leap * update
+        m, v, typical, scale = leap * m, leap**2 * v, leap * typical, scale / leap
+        largest, update = leap * largest, leap * update
         largest = max(largest, over(growth, scale)) or update
         whole = over(1 + origin, largest)
         first = 1e-3 * whole if s_init is None or not whole else max(s_init, 1e-6 * whole)
@@ -125,24 +126,21 @@ def scale_free(
         size = size or norm(g)
         h = over(dot([over(1.0, scale) * di for di in d], [gi + pull * xi for gi, xi in zip(g, x, strict=True)]), size)
         seen = min(norm(g), 2 * size)
-        mean = size
         calm = min(1.0, over(size, norm(g)))
         size += 2 / (t + 2) * (seen - size)
-        quiet = min(quiet, size or math.inf)
         usual = min(abs(h), 2 * m) if m else abs(h)
         then = math.sqrt(v + 4 * m**2)
         m, v = max(m, usual), v + usual**2
+        typical = typical + 2 / (t + 2) * (usual - typical) if typical else usual
         now = math.sqrt(v + 4 * m**2)
         wild = over(abs(h), then or now)
         record = h > 0 and wild >= 0.5
 
         peak = max(peak, lr)
         share = over(lr, peak)
-        stirred = max(1.0, over(size, 2 * quiet))
-        hovering = min(share * largest * over(seen, mean), math.sqrt(v / max(t - 1, 1)))
-        tolerated = math.sqrt(1 - share) / stirred**2 * hovering
-        step = over(math.copysign(usual, h) - tolerated, now)
-        step *= math.sqrt(100 / (t + 100)) if step > 0 else calm
+        patience = math.sqrt(100 / (t + 100))
+        step = patience * usual if h > 0 else -calm * usual
+        step = over(step - math.sqrt(patience * (1 - share)) * typical, now)
         if record:
             step = over(usual, then or now)
         before, scale = scale, max(scale * math.exp(-share * step) if scale else first, 1e-6 * whole)

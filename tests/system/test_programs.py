@@ -47,7 +47,7 @@ class ByHand:
         self.skipped, self.learned, self.frozen = 0, 0, False
         self.scale = 0.0  # S, in units of its own
         self.ref_sq, self.peak = 0.0, 0.0  # ‖x_ref‖²; the largest lr
-        self.size, self.quiet = 0.0, math.inf  # the mean ‖g‖, and the smallest so far
+        self.size = 0.0  # the mean ‖g‖
         self.largest, self.update, self.left = 0.0, 0.0, 0.0  # ‖u‖, the largest and the last; ‖d‖ after the last
         self.members: set[int] = set()  # the parameters that had a gradient in the last step
         self.steps, self.moved, self.x_norm, self.keep, self.fade = 0, 0.0, 0.0, 0.0, 0.0
@@ -175,26 +175,24 @@ class ByHand:
         pulled = delta_grad + DECAY * over(d_norm, x_norm) * over(g_norm, x_norm) * delta_x
         h = over(over(pulled, before), self.size)
         seen = min(g_norm, 2 * self.size)
-        mean = self.size
         calm = min(1.0, over(self.size, g_norm))
         self.size += 2 / (self.steps + 2) * (seen - self.size)
-        self.quiet = min(self.quiet, self.size or math.inf)
         usual = min(abs(h), 2 * m) if m else abs(h)
         then = math.sqrt(v + 4 * m**2)
         m, v = max(m, usual), v + usual**2
         now = math.sqrt(v + 4 * m**2)
-        self.m, self.v = [m], [v]
+        typical = leap * self.r[0]
+        typical = typical + 2 / (self.steps + 2) * (usual - typical) if typical else usual
+        self.m, self.v, self.r = [m], [v], [typical]
         surprise = over(abs(h), then or now)
         record = h > 0 and surprise >= 0.5
         self.peak = max(self.peak, lr)
         share = over(lr, self.peak)
-        hovering = min(share * self.largest * over(seen, mean), math.sqrt(v / max(self.steps - 1, 1)))
-        stirred = max(1.0, over(self.size, 2 * self.quiet))
-        by = over(math.sqrt(1 - share) / stirred**2 * hovering - math.copysign(usual, h), now)
+        patience = math.sqrt(100 / (self.steps + 100))
+        by = -patience * usual if h > 0 else calm * usual
+        by = over(by + math.sqrt(patience * (1 - share)) * typical, now)
         if record:
             by = -over(usual, then or now)
-        else:
-            by *= math.sqrt(100 / (self.steps + 100)) if by < 0 else calm
         self.scale = max(before * math.exp(share * by) if before else first, 1e-6 * whole)
 
         self.fade = rest**2 * (1.0 if share < 1 else ((self.steps + 2) / (self.steps + 3)) ** 0.25)

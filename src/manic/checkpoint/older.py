@@ -1,5 +1,5 @@
-"""Checkpoints of versions before 0.2: format 1, with two tensors per parameter, x = x_ref + S·Δ; and "scale_free" with
-several accumulators and another rule for the scale."""
+"""Checkpoints of older versions: format 1, with two tensors per parameter, x = x_ref + S·Δ; and format 2 with other
+rules for the scale, at first with several accumulators in "scale_free", then with one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from manic.diagnostics import warn
 from manic.parameters import DELTA, REF, REST, RESTS
 from manic.tuner import TunerState
 
-# The fields of mechanic_state after the four of [n]: in format 1, and in format 2 at first.
-FIELDS = (
+# The fields of mechanic_state after the four of [n]: in format 1, in format 2 at first, and then.
+FORMAT_1 = (
     *("h", "scale", "delta_norm", "numel", "update_norm", "ref_sq", "skipped", "steps", "grad_norm", "keep", "fade"),
     *("outliers", "peak", "update_sq"),
 )
-BEFORE = tuple(name for name in TunerState._fields[4:] if name not in ("quiet", "left_sq"))
+FIRST = TunerState._fields[4:-1]
+SECOND = (*FIRST[:12], "quiet", *TunerState._fields[16:])
 
 
 def upgraded(state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> dict[str, Any]:
@@ -58,11 +59,20 @@ def upgraded(state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> dict[s
 def is_older(group: Mapping[str, Any]) -> bool:
     """Whether a param group of a checkpoint says that an older version wrote it."""
     try:
-        options = in_a_tuple(group["mechanic_options"], "")
-        first = (4 * len(options["betas"]) + len(BEFORE),)  # the shape that format 2 had at first
-        return bool(options["format"] == 1 or group["mechanic_state"].shape == first)
+        return _layout(in_a_tuple(group["mechanic_options"], ""), len(group["mechanic_state"])) is not None
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _layout(options: Mapping[str, Any], length: int) -> tuple[int, tuple[str, ...]] | None:
+    """How many accumulators an older ``mechanic_state`` has, and its other fields; None: it is of this version."""
+    several = len(options["betas"])
+    if options["format"] == 1:
+        return several, FORMAT_1
+    if length == 4 * several + len(FIRST):
+        return several, FIRST
+    n = several if options["variant"] == "paper" else 1
+    return (n, SECOND) if length == 4 * n + len(SECOND) else None
 
 
 def upgraded_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,30 +81,26 @@ def upgraded_group(group: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, ValueError: it is broken.
     """
-    options, state = {**in_a_tuple(group["mechanic_options"], "options are"), "sweeps": None}, group["mechanic_state"]
-    n, names = len(options["betas"]), BEFORE
+    options, state = {"sweeps": None, **in_a_tuple(group["mechanic_options"], "options are")}, group["mechanic_state"]
+    layout = _layout(options, len(state))
+    if layout is None:
+        raise ValueError("another group is of an older version, this one is not")
+    n, names = layout
     if options["format"] == 1:
         options.update(format=FORMAT, base_lr=options.pop("unit"))
         del options["store_delta"]
-        names = FIELDS
     if state.shape != (4 * n + len(names),):
         raise ValueError(f"mechanic_state must have {4 * n + len(names)} elements, got {tuple(state.shape)}")
     fields = dict(zip(names, state[4 * n :], strict=True))
     zero, unknown = torch.zeros_like(fields["h"]), torch.full_like(fields["h"], -1.0)
     # Where format 1 did not know it, nothing is compared with the step before.
-    fields = {
-        "moved": zero,
-        "x_norm": zero,
-        "members": unknown,
-        **fields,
-        "quiet": fields["grad_norm"],
-        "left_sq": unknown,
-    }
-    if names is FIELDS:
+    fields = {"moved": zero, "x_norm": zero, "members": unknown, "left_sq": unknown, **fields}
+    if names is FORMAT_1:
         fields["update_sq"] = unknown
     several = state[: 4 * n].view(4, n)
     if options["variant"] == "scale_free":  # one memory: the largest |h|, and the longest sum of its squares
         several = several.amax(1, keepdim=True)
+        several[2] = (several[1] / fields["steps"].clamp_min(1)).sqrt()  # for the mean of |h|
     last = torch.stack([fields[name] for name in TunerState._fields[4:]])
     return {**group, "mechanic_options": (options,), "mechanic_state": torch.cat([several.reshape(-1), last])}
 
