@@ -146,7 +146,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """As ``manic.Mechanic.state_dict()``."""
         self.adopt()
-        if not self.inside.begun() and not (self.record.frozen and self.calls > 0):
+        if self.calls == 0 and not self.inside.begun():
             self.inside.create_state(self._mode.divisors, self._mode.enter)
         self._write()
         spread = self.process_group is not None or shards(self.inside.layouts()[0]) > 1

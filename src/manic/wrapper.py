@@ -176,21 +176,25 @@ class Inside:
             divisors: as in ``step()``.
             enter: gives parameters what we keep for them.
         """
-        params, state = [p for p in self.params() if p.requires_grad], self.optimizer.state
-        groups, grads, kept = [dict(group) for group in self.groups], [p.grad for p in params], dict(state)
+        everyone, state = self.params(), self.optimizer.state
+        params = [p for p in everyone if p.requires_grad]
+        groups, grads, kept = [dict(group) for group in self.groups], [p.grad for p in everyone], dict(state)
         copies = [p.detach().clone() for p in params]
         try:
             try:
-                for p in params:
-                    if p.grad is None or bool(_values(local(p.grad)).count_nonzero()):  # DCP has set zeros itself
+                for p in everyone:
+                    if not p.requires_grad:
+                        p.grad = None
+                    elif p.grad is None or bool(_values(local(p.grad)).count_nonzero()):  # DCP has set zeros itself
                         p.grad = torch.zeros_like(p)
                 for group in self.groups:
                     if "lr" in group:
                         group["lr"] = group["lr"] * 0
                 self.step(None, divisors)
             finally:
-                for p, grad in zip(reversed(params), reversed(grads), strict=True):
+                for p in reversed(params):
                     p.detach().copy_(copies.pop())  # gone before the slots come
+                for p, grad in zip(everyone, grads, strict=True):
                     p.grad = grad
                 for group, before in zip(self.groups, groups, strict=True):  # some bases count their steps here
                     group.clear()

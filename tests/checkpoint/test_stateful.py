@@ -156,6 +156,34 @@ def test_a_rehearsal_leaves_the_counts_of_the_base_alone(problem: Problem) -> No
     assert mechanic.state[parameters[0]]["count"] == STEPS
 
 
+def test_a_gradient_of_a_frozen_parameter_leaves_no_state(problem: Problem) -> None:
+    """It is left over from before the parameter was frozen, and the first step has not come yet."""
+    parameters, mechanic = build(problem, torch.optim.AdamW, schedulers()["none"])
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    parameters[0].requires_grad_(False)
+    gradient, before = parameters[0].grad, flat(parameters)
+    assert 0 not in mechanic.state_dict()["state"]
+    assert mechanic.state_dict()["state"].keys() == {*range(1, len(parameters))}
+    assert parameters[0].grad is gradient
+    assert torch.equal(flat(parameters), before)
+
+
+def test_steps_without_any_gradient_before_the_first(problem: Problem) -> None:
+    """A checkpoint of then is not that of a run that has not begun, whose state the first step drops."""
+    parameters, mechanic = build(problem, torch.optim.AdamW, schedulers()["none"])
+    for _ in range(3):
+        mechanic.step()
+    saved = mechanic.state_dict()
+    assert saved["state"] == {}
+    others, other = build(problem, torch.optim.AdamW, schedulers()["none"])
+    other.load_state_dict(saved)
+    problem.train(parameters, mechanic, STEPS)
+    problem.train(others, other, STEPS)
+    assert torch.equal(flat(parameters), flat(others))
+    assert mechanic.state[parameters[0]]["step"] == other.state[others[0]]["step"] == STEPS
+
+
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_load_that_breaks_off_leaves_no_trace_in_a_fresh_one(base: Any, problem: Problem) -> None:
     """dcp.load writes into the tensors of get_optimizer_state_dict; then a file ends, and nothing is ever loaded."""
