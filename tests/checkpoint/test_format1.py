@@ -49,7 +49,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def slots(case: Case) -> dict[str, torch.dtype]:
-    """The keys that a state dict of format 2 has for a parameter that has stepped."""
+    """The keys that a state dict of this format has for a parameter that has stepped."""
     if case.frozen_at is not None:
         return {}
     name = "mechanic_delta" if case.variant == "paper" else "mechanic_ref"
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_format_1_goes_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_loaded_is_saved_as_format_2(name: str, tmp_path: Path) -> None:
+def test_what_was_loaded_is_saved_in_this_format(name: str, tmp_path: Path) -> None:
     """It loads without the warning, which would be an error here, and goes on bit for bit."""
     case, first, second = CASES[name], Run(CASES[name]), Run(CASES[name])
     with pytest.warns(UserWarning, match="format 1"):
@@ -129,7 +129,7 @@ def test_what_was_loaded_is_saved_as_format_2(name: str, tmp_path: Path) -> None
     torch.save(first.save(), tmp_path / "checkpoint.pt")
     again = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for group in again["mechanic"]["param_groups"]:
-        assert group["mechanic_options"][0]["format"] == 2
+        assert group["mechanic_options"][0]["format"] == 3
         assert "store_delta" not in group["mechanic_options"][0]
     second.load(again)
     assert kept(second) == [slots(case)] * 2
@@ -220,6 +220,7 @@ def test_a_checkpoint_of_an_older_rule_goes_on(older: Callable[[dict[str, Any]],
     saved = run.save()
     for group in saved["mechanic"]["param_groups"]:
         older(group)
+        group["mechanic_options"] = ({**group["mechanic_options"][0], "format": 2},)
         assert group["mechanic_state"].shape == (length,)
     with pytest.warns(UserWarning, match=r"older version .* in format 2: .* a new rule for the scale") as warned:
         resumed.load(saved)
@@ -236,9 +237,9 @@ def test_a_checkpoint_of_an_older_rule_goes_on(older: Callable[[dict[str, Any]],
 def test_a_format_of_the_future_is_refused() -> None:
     saved, run = read("scale_free"), Run(CASES["scale_free"])
     for group in saved["mechanic"]["param_groups"]:
-        group["mechanic_options"][0]["format"] = 3
+        group["mechanic_options"][0]["format"] = 4
     before = run.save()
-    with pytest.raises(ValueError, match="format 3"):
+    with pytest.raises(ValueError, match="format 4"):
         run.mechanic.load_state_dict(saved["mechanic"])
     assert same(run.save(), before)
     run.train(range(3))

@@ -76,7 +76,7 @@ def test_json_says_what_the_live_one_says(
     path = save(run, route, tmp_path / "checkpoint")
     assert main(["inspect", "--json", str(path)]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert (found["path"], found["where"], found["format"]) == (str(path), WHERE[route], 2)
+    assert (found["path"], found["where"], found["format"]) == (str(path), WHERE[route], 3)
     assert (found["base"], found["scheduler"]) == ("AdamW", "CosineAnnealingLR")
     assert (found["step"], found["skipped"], found["frozen"]) == (21, 1, False)
     live = run.mechanic.metrics()
@@ -123,7 +123,7 @@ def test_what_people_see(problem: Problem, tmp_path: Path, capsys: pytest.Captur
     assert main(["inspect", str(path)]) == 0
     seen = capsys.readouterr().out
     first, second = (f"{lr:.4g}" for lr in run.mechanic.effective_lr())
-    for text in ("AdamW, CosineAnnealingLR, scale_free, format 2, frozen", "21, of which 1 skipped", "group head"):
+    for text in ("AdamW, CosineAnnealingLR, scale_free, format 3, frozen", "21, of which 1 skipped", "group head"):
         assert text in seen
     assert f"effective lr  {first}\n" in seen
     assert f"effective lr  {second}\n" in seen
@@ -170,7 +170,7 @@ def broken(case: str, run: Run, path: Path) -> Path:
         path.write_bytes(save(run, "file", path).read_bytes()[:-200])
     elif case == "format":
         state = run.mechanic.state_dict()
-        state["param_groups"][0]["mechanic_options"] = ({"format": 3},)
+        state["param_groups"][0]["mechanic_options"] = ({"format": 4},)
         torch.save(state, path)
     elif case == "no options":
         state = run.mechanic.state_dict()
@@ -209,7 +209,7 @@ class Evil:
         ("plain", "no Mechanic in this checkpoint"),
         ("numbers", "no Mechanic in this checkpoint"),
         ("truncated", "a damaged one"),
-        ("format", "format 3, and this version of manic reads format 2 and older ones"),
+        ("format", "format 4, and this version of manic reads format 3 and older ones"),
         ("no options", "param group 1 of the checkpoint has no 'mechanic_options'"),
         ("metadata", "not safe to load"),
         ("entry", "no checkpoint"),

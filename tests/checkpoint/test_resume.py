@@ -262,7 +262,7 @@ def breakages() -> dict[str, Any]:
     return {
         "no optimizer state": (lambda state: {"model": state}, "^this is no optimizer state"),
         "not a dict": (lambda state: {"state": 3, "param_groups": state["param_groups"]}, "no optimizer state"),
-        "unknown format": (edit(lambda s: options(s).update(format=3)), "format 3, .* reads format 2 and older"),
+        "unknown format": (edit(lambda s: options(s).update(format=4)), "format 4, .* reads format 3 and older"),
         "no format": (edit(lambda s: options(s).pop("format")), "format None"),
         "other base": (edit(lambda s: options(s).update(base="SGD")), "around SGD, this one is around AdamW"),
         "other scheduler": (edit(lambda s: options(s).update(scheduler="OneCycleLR")), "OneCycleLR.*CosineAnnealingLR"),
@@ -274,7 +274,7 @@ def breakages() -> dict[str, Any]:
         "half a tuner": (edit(lambda s: group(s).pop("mechanic_step")), "mechanic_step"),
         "short accumulators": (
             edit(lambda s: group(s).update(mechanic_state=group(s)["mechanic_state"][:-1])),
-            r"mechanic_state of param group 0 must be .* \(23,\), got \(22,\)",
+            r"mechanic_state of param group 0 must be .* \(22,\), got \(21,\)",
         ),
         "text for a tensor": (edit(lambda s: group(s).update(mechanic_step="3")), "got str"),
         "other shape": (

@@ -59,20 +59,19 @@ def upgraded(state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> dict[s
 def is_older(group: Mapping[str, Any]) -> bool:
     """Whether a param group of a checkpoint says that an older version wrote it."""
     try:
-        return _layout(in_a_tuple(group["mechanic_options"], ""), len(group["mechanic_state"])) is not None
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return in_a_tuple(group["mechanic_options"], "")["format"] in (1, 2)
+    except (KeyError, TypeError, ValueError):
         return False
 
 
-def _layout(options: Mapping[str, Any], length: int) -> tuple[int, tuple[str, ...]] | None:
-    """How many accumulators an older ``mechanic_state`` has, and its other fields; None: it is of this version."""
+def _layout(options: Mapping[str, Any], length: int) -> tuple[int, tuple[str, ...]]:
+    """How many accumulators an older ``mechanic_state`` of this length has, and its other fields."""
     several = len(options["betas"])
     if options["format"] == 1:
         return several, FORMAT_1
     if length == 4 * several + len(FIRST):
         return several, FIRST
-    n = several if options["variant"] == "paper" else 1
-    return (n, SECOND) if length == 4 * n + len(SECOND) else None
+    return several if options["variant"] == "paper" else 1, SECOND
 
 
 def upgraded_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,13 +81,11 @@ def upgraded_group(group: Mapping[str, Any]) -> dict[str, Any]:
         KeyError, ValueError: it is broken.
     """
     options, state = {"sweeps": None, **in_a_tuple(group["mechanic_options"], "options are")}, group["mechanic_state"]
-    layout = _layout(options, len(state))
-    if layout is None:
-        raise ValueError("another group is of an older version, this one is not")
-    n, names = layout
+    n, names = _layout(options, len(state))
     if options["format"] == 1:
-        options.update(format=FORMAT, base_lr=options.pop("unit"))
+        options["base_lr"] = options.pop("unit")
         del options["store_delta"]
+    options["format"] = FORMAT
     if state.shape != (4 * n + len(names),):
         raise ValueError(f"mechanic_state must have {4 * n + len(names)} elements, got {tuple(state.shape)}")
     fields = dict(zip(names, state[4 * n :], strict=True))

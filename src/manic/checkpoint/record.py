@@ -1,6 +1,6 @@
 """What a checkpoint says of its Mechanic besides tensors: the only place where that is written and read.
 
-Layout (format 2): that of ``Optimizer.state_dict()``; in every param group ``mechanic_state``, ``mechanic_step``,
+Layout (format 3): that of ``Optimizer.state_dict()``; in every param group ``mechanic_state``, ``mechanic_step``,
 ``mechanic_options`` and, with an inner scheduler, ``mechanic_scheduler``; in the state of every parameter that has
 stepped what ``manic.parameters.entry()`` makes. Dicts lie in tuples: torch.distributed.checkpoint takes dicts apart and
 turns their keys into strings (MultiStepLR's are ints), but it stores tuples whole.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manic.tuner import Options, TunerState
 
-FORMAT = 2
+FORMAT = 3
 TENSORS = ("mechanic_state", "mechanic_step")
 
 
