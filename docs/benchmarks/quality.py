@@ -35,7 +35,7 @@ from tasks import TASKS, chargpt
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from manic import Mechanic, scale_free
+from manic import Mechanic, chain, scale_free
 
 CHOOSE, SCORE = (0, 1, 2), (3, 4, 5)  # seeds
 LONG = 3000  # steps from which one seed must do
@@ -265,12 +265,22 @@ class Contender:
         return lr == USUAL or len(self.lrs) <= 2
 
 
+def chained(run: Run, model: nn.Module) -> Any:
+    """The run's base optimizers as one."""
+    bases = optimizers(run, model)
+    return chain(*bases) if len(bases) > 1 else bases[0]
+
+
 def plain(_: Any, model: nn.Module, run: Run) -> Stepper:
-    return Together([Stepper(optimizer, run) for optimizer in optimizers(run, model)])
+    return Stepper(chained(run, model), run)
 
 
 def manic(**options: Any) -> Callable[[Any, nn.Module, Run], Stepper]:
-    return lambda _, model, run: Together([Tuned(base, run, **options) for base in optimizers(run, model)])
+    return lambda _, model, run: Tuned(chained(run, model), run, **options)
+
+
+def two_mechanics(_: Any, model: nn.Module, run: Run) -> Stepper:
+    return Together([Tuned(base, run) for base in optimizers(run, model)])
 
 
 def authors(module: Any, model: nn.Module, run: Run) -> Stepper:
@@ -299,6 +309,8 @@ CONTENDERS: dict[str, Contender] = {
     "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
     "manic": Contender("manic", ALL, FAR_LR, manic()),
     "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
+    "manic, chain per group": Contender("manic", ("Muon + AdamW",), (USUAL,), manic(per_group=True)),
+    "manic, two Mechanics": Contender("manic", ("Muon + AdamW",), (USUAL,), two_mechanics),
     "manic, paper": Contender("manic", ONE, FAR_LR, manic(variant="paper")),
     "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors),
     "optax mechanize": Contender("optax", SHORT, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
