@@ -107,7 +107,8 @@ def distributed(session: nox.Session) -> None:
 @nox.session
 def frameworks(session: nox.Session) -> None:
     """Real training, save, resume and logs in Lightning, Transformers, Accelerate and TensorBoard."""
-    install(session, ".", *TESTS, "lightning", "transformers", "accelerate", "tensorboard")
+    tools = ("lightning", "jsonargparse[signatures]", "transformers", "accelerate", "tensorboard", "hydra-core")
+    install(session, ".", *TESTS, *tools)
     pytest(session, "-m", "frameworks", str(ROOT / "tests"), *session.posargs)
 
 

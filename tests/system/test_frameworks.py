@@ -19,6 +19,7 @@ import torch
 from pages import ROOT, snippets
 from ranks import free_port
 
+import manic.optim
 from manic import Mechanic, callbacks
 
 pytestmark = [
@@ -116,6 +117,81 @@ def test_the_snippets_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monkey
     mechanics = {id(each): each for each in trained if isinstance(each, Mechanic)}.values()
     assert [int(each.param_groups[0]["mechanic_step"]) for each in mechanics] == [*[steps] * 4, 0]
     assert all(each.scale > 0 for each in list(mechanics)[:4])
+
+
+# ---------------------------------------------------------------------- configuration files
+
+HYDRA, LIGHTNING = 0, 1  # the place of each on the page
+
+
+def of_the_page(place: int) -> str:
+    return snippets(ROOT / "docs" / "frameworks.md", "yaml")[place]
+
+
+def check_built(optimizer: Any, steps: int) -> None:
+    """That it is the optimizer of the page, and has learned in so many steps."""
+    assert isinstance(optimizer, Mechanic)
+    assert type(optimizer.base_optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["initial_lr" if "initial_lr" in optimizer.param_groups[0] else "lr"] == 1e-3
+    assert "per_group=True" in repr(optimizer)
+    assert optimizer.param_groups[0]["mechanic_step"] == steps
+    assert (optimizer.scale > 0).all()
+
+
+def test_hydra_builds_it_by_its_name() -> None:
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    net = frameworks.Net()
+    optimizer = instantiate(OmegaConf.create(of_the_page(HYDRA)).optimizer, params=net.parameters())
+    for i in range(20):
+        net(**torch.utils.data.default_collate([frameworks.Data()[i]]))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    check_built(optimizer, 20)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by", ["file", "command line"])
+def test_lightning_cli_builds_it_by_its_name(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning as pl
+    from lightning.pytorch.cli import LightningCLI
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = frameworks.Net()
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self.net(**batch)["loss"]
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(frameworks.Data(), batch_size=8)
+
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(of_the_page(LIGHTNING))
+    told = ["--config=config.yaml"]
+    if by == "command line":
+        told = ["--optimizer=manic.optim.AdamW", "--optimizer.lr=1e-3", "--optimizer.mechanic={per_group: true}"]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    defaults = {"max_epochs": 1, "accelerator": "cpu", **quiet}
+    cli = LightningCLI(Module, trainer_defaults=defaults, save_config_callback=None, args=["fit", *told])
+    check_built(cli.trainer.optimizers[0], frameworks.STEPS)
+
+
+def test_a_trainer_builds_it_from_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import Trainer, TrainingArguments
+
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(
+        model=frameworks.Net(),
+        args=TrainingArguments(output_dir=str(tmp_path), max_steps=frameworks.STEPS, **quiet),
+        train_dataset=frameworks.Data(),
+        optimizer_cls_and_kwargs=(manic.optim.AdamW, {"lr": 1e-3, "mechanic": {"per_group": True}}),
+    )
+    trainer.train()
+    check_built(trainer.optimizer.optimizer, frameworks.STEPS)  # Accelerate has wrapped it
 
 
 # ---------------------------------------------------------------------- callbacks

@@ -20,7 +20,7 @@ ROWS = [
     ["sweeps.eager", "sweeps.base", "sweeps.native", "sweeps.triton_kernels", "sweeps.kernels", "sweeps.passes"],
     ["checkpoint.record", "checkpoint.older", "checkpoint.validation", "checkpoint.loading"],
     ["wrapper", "algorithm", "run", "mechanic"],
-    ["callbacks", "checkpoint.inspection", "__main__"],
+    ["optim", "callbacks", "checkpoint.inspection", "__main__"],
 ]
 ORDER = {module: place for place, module in enumerate(module for row in ROWS for module in row)}
 
