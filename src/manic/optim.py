@@ -28,7 +28,7 @@ class Mechanized(Mechanic):
 
     Raises:
         TypeError: `mechanic` is no mapping, or has a key that is no argument of ``Mechanic``.
-        What the base optimizer and ``Mechanic`` raise.
+        ValueError: as the base optimizer and ``Mechanic`` raise it.
     """
 
     base: ClassVar[type[Optimizer]]
