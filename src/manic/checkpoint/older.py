@@ -19,8 +19,11 @@ FORMAT_1 = (
     *("h", "scale", "delta_norm", "numel", "update_norm", "ref_sq", "skipped", "steps", "grad_norm", "keep", "fade"),
     *("outliers", "peak", "update_sq"),
 )
-FIRST = TunerState._fields[4:-1]
-SECOND = (*FIRST[:12], "quiet", *TunerState._fields[16:])
+FIRST = (
+    *("h", "scale", "delta_norm", "moved", "x_norm", "members", "numel", "update_norm", "ref_sq", "skipped", "steps"),
+    *("grad_norm", "keep", "fade", "outliers", "peak", "update_sq"),
+)
+SECOND = (*FIRST[:12], "quiet", *FIRST[12:], "left_sq")
 
 
 def upgraded(state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> dict[str, Any]:
