@@ -64,9 +64,9 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
     surprise = over(h.abs(), then)
     record = (h > 0) & (surprise >= RECORD)
 
-    # What is no record moves S by all that is known. h < 0: S rises, by less the more the gradient exceeds its mean.
-    # h > 0: S falls, by less the longer the run, since late in a run that is mostly hovering. A part of hovering is
-    # tolerated where the lr falls: the schedule has set out to undo it.
+    # An h that is no record is measured by all that is known. If h < 0, S rises: by less, the more the gradient exceeds
+    # its mean. If h > 0, S falls: by less, the longer the run, since late in a run x mostly hovers. Where the lr falls,
+    # the rule tolerates a part of the hovering: the schedule will undo it.
     peak = torch.maximum(old.peak, lr)
     share = over(lr, peak)
     patient = (PATIENCE / (old.steps + PATIENCE)).sqrt()
