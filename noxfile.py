@@ -172,6 +172,14 @@ def quality(session: nox.Session) -> None:
 
 
 @nox.session
+def bases(session: nox.Session) -> None:
+    """Every optimizer of torch and of pytorch_optimizer in a Mechanic: trains, resumes bit for bit; out/bases."""
+    install(session, ".", "numpy", "pytorch_optimizer")
+    out = ROOT / "out" / "bases"
+    session.run("python", str(ROOT / "docs" / "benchmarks" / "bases.py"), "--out", str(out), *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, in out/site. Strict: a link, an anchor or a page that is missing fails.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from manic import __version__
 from manic.checkpoint.inspection import Found, inspect
+from manic.tuner import TunerState
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,15 +60,19 @@ def text(path: Path, found: Found) -> str:
         f"{path}{found.where and ': '}{found.where} ({', '.join(filter(None, kinds))})",
         f"  step          {look.step}, of which {look.tuners[0].skipped:.0f} skipped",
     ]
-    for name, lr, scale in zip(look.names, look.effective_lrs, look.scales, strict=True):
+    for name, lr, best, scale in zip(look.names, look.effective_lrs, look.highest_lrs, look.scales, strict=True):
         lines += [f"  group {name}"] if len(look.names) > 1 else []
-        lines += [f"  scale         {scale:.4g}", f"  effective lr  {lr:.4g}"]
+        ended = f" (the schedule is at 0; at the highest lr so far it is {best:.4g})" if lr == 0 < best else ""
+        lines += [f"  scale         {scale:.4g}", f"  effective lr  {lr:.4g}{ended}"]
     for owner, tuner in zip(look.owners, look.tuners, strict=True):
         lines.append(f"  accumulators{owner and ' of group '}{owner}: h {tuner.h:.3g}, outliers {tuner.outliers:.0f}")
-        lines.append(f"    {'beta':>10} {'m':>10} {'v':>10} {'r':>10} {'s':>10}")
-        for beta, *values in zip(look.options.memories, *(field.tolist() for field in tuner[:4]), strict=True):
-            lines.append(f"    {beta:>10g} " + " ".join(f"{value:>10.3g}" for value in values))
-    sizes = ", ".join(f"{name} {size:,} B" for name, size in found.sizes.items())
+        fields = dict(zip(TunerState._fields[:4], tuner[:4], strict=True))
+        known = {"beta": look.options.memories} if look.options.variant == "paper" else {}
+        columns = known | {name: field.tolist() for name, field in fields.items() if field.any()}
+        lines.append("    " + " ".join(f"{name:>10}" for name in columns))
+        for row in zip(*columns.values(), strict=True):
+            lines.append("    " + " ".join(f"{value:>10.6g}" for value in row))
+    sizes = ", ".join(f"{name} {size:,} B" for name, size in found.sizes.items() if size)
     lines.append(f"  {found.tensors} tensors of {found.numel:,} elements in all; {sizes}")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo as disable_dynamo
 
 from manic.checkpoint.record import Record
 from manic.collectives import over_group, over_mesh
-from manic.parameters import KEPT, REST, SLOT, Layout, ParamState, collect, entry, shards, signature
+from manic.parameters import KEPT, REST, SLOT, Layout, ParamState, collect, entry, lr_of, shards, signature
 from manic.scale_free import scale_free
 from manic.sweeps.kernels import kernels_for
 from manic.sweeps.passes import Passes
@@ -127,7 +127,7 @@ class Learner:
             ok: whether the step counts, a 0-d bool on the tuner's device.
         """
         options, olds = self.record.options, self.tuners()
-        rates = [group.get("lr", self.record.unit) / self.record.unit for group in self.base.groups]
+        rates = [lr_of(group, self.record.unit) / self.record.unit for group in self.base.groups]
         lrs = [_largest(some, sums) for some in (zip(rates) if options.per_group else [rates])]
         found = [
             tune(old, Sums(*row), ok, self._betas, options, self.record.unit, lr)
@@ -353,6 +353,6 @@ def fresh_state(options: Options, device: torch.device) -> Tensor:
 def _largest(lrs: Sequence[float | Tensor], like: Tensor) -> Tensor:
     """The largest |lr|, 0-d on the device of `like`; a CUDA graph can capture it. (Some schedules go below 0.)"""
     found = [lr.to(like).reshape(()).abs() for lr in lrs if isinstance(lr, Tensor)]
-    numbers = [abs(lr) for lr in lrs if not isinstance(lr, Tensor)]
+    numbers = [abs(float(lr)) for lr in lrs if not isinstance(lr, Tensor)]
     found += [like.new_full((), max(numbers))] if numbers else []
     return torch.stack(found).amax() if len(found) > 1 else found[0]

@@ -108,16 +108,17 @@ class Chain(Optimizer):
         return {"optimizers": self.optimizers, "_known": self.param_groups, "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called when it is unpickled or copied; and by ``load_state_dict()``, with the new groups and state."""
+        """Called when it is unpickled or copied; and by ``load_state_dict()``, or a user, with new groups or state."""
         if "optimizers" in state:
             vars(self).update(state, state=State(state["optimizers"]))
             prepare(self)
             return
-        groups, place = state["param_groups"], {id(group): i for i, group in enumerate(self.param_groups)}
+        place = {id(group): i for i, group in enumerate(self.param_groups)}
+        groups, saved = state.get("param_groups", self.param_groups), state.get("state", self.state)
         for one in self.optimizers:
             mine = [groups[place[id(group)]] for group in one.param_groups]
             params = list(concatenated.from_iterable(group["params"] for group in mine))
-            kept = defaultdict(dict, {p: state["state"][p] for p in params if p in state["state"]})
+            kept = defaultdict(dict, {p: saved[p] for p in params if p in saved})
             one.__setstate__({"state": kept, "param_groups": mine})
         self._known = groups
 

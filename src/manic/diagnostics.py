@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, Adafactor, Rprop
 
+from manic.parameters import lr_of
 from manic.tuner import Options, TunerState
 
 ENOUGH = 100  # steps after which a scale has long left its start (it takes 20 to 50)
 IDLE = 1000  # steps at one lr after which the user may have forgotten to step the scheduler
-UNPROPORTIONAL = (Rprop, ASGD, LBFGS, Adafactor)  # as docs/algorithm.md explains
 INSIDE = ("manic", "torch")  # a warning names the user's line, not theirs
 HARDLY = 1e-5  # times 1 + ‖x_ref‖: a step too small to train with
 FAR = 100.0  # times 1 + ‖x_ref‖: a distance from x_ref that no useful run reaches
@@ -47,15 +46,24 @@ class Snapshot(NamedTuple):
         return [lr * scale for lr, scale in zip(self.lrs, self.scales, strict=True)]
 
     @property
+    def highest_lrs(self) -> list[float]:
+        """The highest lr of the run times the scale, by param group; 0 in "paper", which does not keep it."""
+        highest = [float(tuner.peak) for tuner in self.tuners]
+        highest = highest if self.options.per_group else highest * len(self.names)
+        return [peak * self.unit * scale for peak, scale in zip(highest, self.scales, strict=True)]
+
+    @property
     def owners(self) -> list[str]:
         """The group names of the tuners; "" where one serves all groups."""
-        return self.names if len(self.tuners) > 1 else [""]
+        return self.names if len(self.tuners) > 1 else [""] * len(self.tuners)
 
 
 def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) -> Snapshot:
     """Read a run from its param groups, live or in a checkpoint. Waits for their device, once."""
+    if not groups:
+        return Snapshot(0, options, unit, [], [], [])
     flats = [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
-    rates = [group.get("lr", 1.0) for group in groups]
+    rates = [lr_of(group, 1.0) for group in groups]
     tensors = [groups[0]["mechanic_step"], *(lr for lr in rates if isinstance(lr, Tensor))]
     together = torch.cat([*flats, *(t.to(flats[0]).reshape(1) for t in tensors)]).cpu()
     size = TunerState.size(len(options.memories))
@@ -84,7 +92,8 @@ def metrics(look: Snapshot) -> dict[str, float]:
         found[f"outliers{end}"] = float(tuner.outliers)
     for name, lr in zip(look.names, look.effective_lrs, strict=True):
         found["effective_lr" if len(look.names) == 1 else f"effective_lr/{name}"] = lr
-    found["skipped"] = float(look.tuners[0].skipped)
+    for tuner in look.tuners[:1]:
+        found["skipped"] = float(tuner.skipped)
     return found
 
 
@@ -101,6 +110,8 @@ def findings(
         waiting: the user has to step an LR scheduler.
     """
     since = look.step - last.step
+    if not look.tuners:
+        return
     skipped = int(look.tuners[0].skipped - last.tuners[0].skipped)
     if since >= 10 and skipped >= since / 2:
         yield (
@@ -199,11 +210,11 @@ class Monitor:
 
 def warn(message: str) -> None:
     """A UserWarning at the first caller outside torch and this package."""
-    callers = [name.partition(".")[0] for name in _callers()]
-    warnings.warn(message, stacklevel=1 + next((i for i, name in enumerate(callers) if name not in INSIDE), 0))
+    packages = [name.partition(".")[0] for name in callers()]
+    warnings.warn(message, stacklevel=1 + next((i for i, name in enumerate(packages) if name not in INSIDE), 0))
 
 
-def _callers() -> list[str]:
+def callers() -> list[str]:
     """The names of the modules on the stack, innermost first."""
     names, frame = [], sys._getframe(1)
     while frame is not None:

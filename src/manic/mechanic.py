@@ -12,11 +12,12 @@ from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from manic.bases import check_base, check_params
 from manic.diagnostics import metrics
 from manic.run import Run
 from manic.schedules import Schedule, parts
 from manic.tuner import DEFAULT_BETAS, Options
-from manic.wrapper import Wrapper, check_base, check_params, evaluate
+from manic.wrapper import Wrapper, evaluate
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,8 +73,8 @@ class Mechanic(Wrapper):
     Raises:
         TypeError: `base_optimizer` is no optimizer instance, or `scheduler` no LR scheduler of a kind that
             can be stepped without a metric.
-        ValueError: an option out of its range, an optimizer that is wrapped already, a scheduler built on
-            another optimizer.
+        ValueError: an option out of its range, a scheduler built on another optimizer, an optimizer that is wrapped
+            already or goes wrong in a Mechanic (LBFGS, schedule-free ones, ZeroRedundancyOptimizer: docs/bases.md).
     """
 
     def __init__(

@@ -46,6 +46,12 @@ class ParamState:
     member: float = 0.0  # a whole number below 2**32 that stands for this parameter's place among the groups
 
 
+def lr_of(group: Mapping[str, Any], default: Any = None) -> Any:
+    """The lr of a param group; `default` where it has none, or None, as Adafactor with its own step sizes."""
+    lr = group.get("lr")
+    return default if lr is None else lr
+
+
 def layout_of(p: Any) -> Layout:
     """The layout of a parameter. One collective adds up the sums of all parameters that share a layout."""
     if not hasattr(p, "placements"):

@@ -13,15 +13,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from manic.algorithm import Frozen, Learner, field_of, fresh_state, on_host, stored
+from manic.bases import Look, check_params, hidden
 from manic.checkpoint import loading
 from manic.checkpoint.record import Record
 from manic.collectives import anywhere
 from manic.diagnostics import Monitor, Snapshot, snapshot, warn
-from manic.parameters import KEPT, shards
+from manic.parameters import KEPT, lr_of, shards
 from manic.schedules import Schedule, fold
 from manic.sweeps.kernels import name_for
 from manic.tuner import Options
-from manic.wrapper import Closure, Inside, check_params, uninterrupted
+from manic.wrapper import Closure, Inside, uninterrupted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,10 +54,16 @@ class Run:
         first = next((p.device for p in self.inside.params()), torch.device("cpu"))
         self.device = first if device is None else torch.device(device)
         self.calls = 0  # of step() so far, counted on the host
+        self._looked = False  # at a step of the base
         # Adagrad has state from construction on.
         lazy = not self.inside.begun()
         name, sweeps = self.inside.name, name_for(first)
         self.record = Record(name, schedule.name, 0.0, lazy, frozen=False, sweeps=sweeps, options=options)
+        if inner := hidden(base_optimizer):
+            self.monitor.tell(
+                f"{name} holds a {type(inner).__name__} with param groups of its own, which sees neither this lr "
+                "nor the schedule: combine the optimizers with manic.chain(...) instead, and wrap that"
+            )
         self._written = self.record.written()  # this very object in each of our groups tells that it is ours
         self._mode: Learner | Frozen
         try:
@@ -74,6 +81,8 @@ class Run:
     def step(self, closure: Closure | None) -> None:
         """Take one step, and step the schedule if the step counted."""
         self.adopt()
+        if not self.groups:
+            return
         if self.inside.is_rehearsal(closure, self._anywhere):
             self.inside.create_state(self._mode.divisors, self._mode.enter)
             return
@@ -81,11 +90,27 @@ class Run:
 
     def _step(self, closure: Closure | None) -> None:
         self.calls += 1
-        if self._mode.step(closure):
+        look = None if self._looked else self._look()
+        try:
+            counts = self._mode.step(closure)
+        finally:
+            if look is not None:
+                look.end()
+        if counts:
             self.schedule.step(self.groups, self.monitor.tell)
+        if look is not None:
+            self._looked = counts
+            for message in look.found:
+                self.monitor.tell(message)
+
+    @disable_dynamo
+    def _look(self) -> Look:
+        return Look(self.inside.optimizer)
 
     def read(self, field: str) -> Tensor:
-        """A 0-d field of every learned scale: [k], a copy."""
+        """A 0-d field of every learned scale: [k], a copy. Without any param group: one 0."""
+        if not self.groups:
+            return fresh_state(self.record.options, self.device)[:1]
         return field_of(stored(self.groups, self.record.options), field)
 
     def snapshot(self) -> Snapshot:
@@ -132,13 +157,13 @@ class Run:
         fold(self.groups, [*inside, *schedulers], scales)
         self.freeze()
         base = self.inside.optimizer
-        if len(set(scales)) == 1 and "lr" in base.defaults:
+        if len(set(scales)) == 1 and base.defaults.get("lr") is not None:
             base.defaults["lr"] = base.defaults["lr"] * scales[0]  # for groups that the user adds later
         self.inside.leave()
         return base
 
     def _check_lrs(self) -> None:
-        if any("lr" not in group for group in self.groups):
+        if any(lr_of(group) is None for group in self.groups):
             raise ValueError(f"a param group of {self.inside.name} has no lr to carry the scale")
 
     # ------------------------------------------------------------------ checkpoints
@@ -149,6 +174,12 @@ class Run:
         if self.calls == 0 and not self.inside.begun():
             self.inside.create_state(self._mode.divisors, self._mode.enter)
         self._write()
+        for name, kind in self.schedule.left_out.items():
+            self.monitor.tell(
+                f"the checkpoint leaves out {name!r} of the {self.record.scheduler}, a {kind}, which "
+                "torch.load(weights_only=True) does not read. If the schedule needs it to go on, keep it in numbers, "
+                "strings, lists, dicts or tensors"
+            )
         spread = self.process_group is not None or shards(self.inside.layouts()[0]) > 1
         return loading.pack(self.inside.optimizer, spread=spread)
 
@@ -201,7 +232,7 @@ class Run:
         """
         if options.variant == "paper":
             return 1.0
-        lrs = [float(group.get("initial_lr", group["lr"])) for group in self.groups if "lr" in group]
+        lrs = [float(group.get("initial_lr", lr)) for group in self.groups if (lr := lr_of(group)) is not None]
         dtypes = {p.dtype for p in self.inside.params()}
         coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # float16 would overflow
         boosted = coarse and not self.inside.unproportional
@@ -209,8 +240,8 @@ class Run:
 
     def _attach_state(self, groups: list[dict[str, Any]], options: Options) -> None:
         """Give groups the tuner's tensors: those of the first group, or with per_group new ones."""
-        first = self.groups[0]
         for group in groups:
+            first = self.groups[0]
             shared = None if options.per_group else first.get("mechanic_state")
             step = first.get("mechanic_step")
             group["mechanic_state"] = fresh_state(options, self.device) if shared is None else shared
@@ -233,7 +264,7 @@ class Run:
             check_params(group["params"])
         if self.record.base_lr == 0 and (base_lr := self._base_lr(self.record.options)) > 0:
             self._settle(dataclasses.replace(self.record, base_lr=base_lr))
-        if len(bare) == len(self.groups):
+        if bare and not ours:
             warn(
                 f"the param groups of {self.inside.name} were replaced without the Mechanic (did you call "
                 "load_state_dict of the base optimizer?): the tuner starts afresh"

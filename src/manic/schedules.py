@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
@@ -15,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 IN_A_GROUP = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")  # the last three are OneCycleLR's and SWALR's
 PER_GROUP = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")  # lists; of all schedulers, CyclicLR and ReduceLROnPlateau
+OF_OTHERS = ("_schedulers", "lr_lambdas", "_scale_fn_custom")  # attributes of other objects, each in a dict
 
 
 class Schedule:
@@ -31,6 +35,7 @@ class Schedule:
 
     def __init__(self, scheduler: LRScheduler | None, base: Optimizer) -> None:
         self.scheduler = scheduler
+        self.left_out: dict[str, str] = {}  # attributes that its last state lacks, and their types
         self._left: tuple[Any, list[Any]] | None = None  # its epoch, and the lrs, after our last step
         if scheduler is None:
             return
@@ -58,8 +63,14 @@ class Schedule:
         return [] if self.scheduler is None else list(parts(self.scheduler))
 
     def state(self) -> dict[str, Any] | None:
-        """A copy of its state dict; None: there is no scheduler."""
-        return None if self.scheduler is None else copy.deepcopy(self.scheduler.state_dict())
+        """A copy of what ``weights_only`` admits of its state dict; None: there is no scheduler.
+
+        The rest (a lock, a model or a trainer that the schedule holds) stays out, and loading leaves it as it is.
+        """
+        if self.scheduler is None:
+            return None
+        self.left_out = {}
+        return _attributes(self.scheduler.state_dict(), self.left_out)
 
     @disable_dynamo
     def step(self, groups: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
@@ -99,6 +110,44 @@ class Schedule:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_left": None}  # it holds identities
+
+
+def _attributes(values: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
+    """A copy of those attributes that ``weights_only`` admits. The others go to `left_out`, with their types."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            if name not in OF_OTHERS or value is None:
+                kept[name] = plain(value)
+            elif isinstance(value, dict):
+                kept[name] = _attributes(value, left_out)
+            else:
+                kept[name] = [one if one is None else _attributes(one, left_out) for one in value]
+        except (TypeError, RecursionError):
+            left_out[name] = type(value).__name__
+    return kept
+
+
+def plain(value: Any) -> Any:
+    """A copy in the types that ``torch.load(weights_only=True)`` admits: numpy's numbers and fractions as Python's.
+
+    Raises:
+        TypeError: there is another type in it.
+    """
+    kind: Any = type(value)
+    if value is None or kind in (bool, int, float, complex, str, bytes):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if kind in (list, tuple, set):
+        return kind(map(plain, value))
+    if kind in (dict, OrderedDict, Counter):
+        return kind({plain(key): plain(one) for key, one in value.items()})
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if kind in torch.serialization.get_safe_globals():
+        return copy.deepcopy(value)
+    raise TypeError(f"weights_only does not admit {kind.__name__}")
 
 
 def _try_out(scheduler: LRScheduler) -> None:

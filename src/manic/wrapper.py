@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
 
+from manic.bases import UNPROPORTIONAL
 from manic.chains import members, name_of, params_of, prepare, with_members
-from manic.diagnostics import UNPROPORTIONAL
-from manic.parameters import Layout, layout_of, local, shards
+from manic.parameters import Layout, layout_of, local, lr_of, shards
 
 Closure = Callable[[], Any]
 
@@ -52,6 +53,15 @@ class Wrapper(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Without the hooks, as in torch, and without an LR scheduler's patch of `step`, which cannot be pickled.
         return {k: v for k, v in vars(self).items() if k != "step" and not k.endswith("_hooks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called when it is unpickled or copied; or by a user who sets ``{"state": …}``, which is the base's."""
+        theirs: dict[str, Any] = {name: state[name] for name in ("state", "param_groups", "defaults") if name in state}
+        super().__setstate__({name: value for name, value in state.items() if name not in theirs})
+        if "state" in theirs:
+            theirs["state"] = defaultdict(dict, theirs["state"])
+        if theirs:
+            self.base_optimizer.__setstate__(theirs)
 
     def __getattr__(self, name: str) -> Any:
         if "base_optimizer" not in vars(self) and not name.startswith("__"):
@@ -135,8 +145,9 @@ class Inside:
 
     def _lend(self, divisors: Sequence[float]) -> None:
         for group, divisor in zip(self.groups, divisors, strict=True):
-            if "lr" in group and divisor != 1:
-                self._lent.append((group, divisor, group["lr"], group["lr"] / divisor))
+            lr = lr_of(group)
+            if lr is not None and divisor != 1:
+                self._lent.append((group, divisor, lr, (lr if isinstance(lr, Tensor) else float(lr)) / divisor))
                 group["lr"] = self._lent[-1][-1]
 
     def come_back(self) -> None:
@@ -161,8 +172,8 @@ class Inside:
         """
         if closure is not None or self.begun():
             return False
-        lrs = [torch.as_tensor(group.get("lr", 1)) for group in self.groups]
-        if not all(lr.device.type == "cpu" and float(lr) == 0 for lr in lrs):
+        lrs = [lr_of(group, 1) for group in self.groups]
+        if not all((not isinstance(lr, Tensor) or lr.device.type == "cpu") and float(lr) == 0 for lr in lrs):
             return False
         grads = [local(p.grad) for p in self.params() if p.grad is not None]
         return anywhere(len(grads) > 0) and not anywhere(any(bool(g.count_nonzero()) for g in map(_values, grads)))
@@ -188,7 +199,7 @@ class Inside:
                     elif p.grad is None or bool(_values(local(p.grad)).count_nonzero()):  # DCP has set zeros itself
                         p.grad = torch.zeros_like(p)
                 for group in self.groups:
-                    if "lr" in group:
+                    if lr_of(group) is not None:
                         group["lr"] = group["lr"] * 0
                 self.step(None, divisors)
             finally:
@@ -277,30 +288,3 @@ def uninterrupted(work: Callable[[], None]) -> None:
     finally:
         for caught, frame in came:
             handlers[caught](caught, frame)
-
-
-def check_base(base: object) -> None:
-    """Check that `base` can be wrapped."""
-    if isinstance(base, type):
-        raise TypeError(
-            f"Mechanic wraps an optimizer that is built already, not the class {base.__name__}: "
-            f"Mechanic({base.__name__}(model.parameters(), lr=...)), or mechanize({base.__name__})(model.parameters())"
-        )
-    if isinstance(base, Wrapper):
-        raise ValueError("this optimizer is a Mechanic already; wrap the plain optimizer, once")
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base).__name__}")
-    if any("mechanic_state" in group for group in base.param_groups):
-        raise ValueError(
-            f"this {type(base).__name__} is wrapped by another Mechanic already, or has "
-            "loaded the checkpoint of one; build a new one"
-        )
-
-
-def check_params(params: Sequence[Tensor]) -> None:
-    """Check that no parameter is given twice."""
-    if len({id(p) for p in params}) < len(params):
-        raise ValueError(
-            "a param group has a parameter twice, and the base would step it twice: give each once. parameters() of "
-            "the whole model does so, with tied weights too"
-        )

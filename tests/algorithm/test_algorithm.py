@@ -182,6 +182,7 @@ INVARIANT = {
 
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "cosine"])
 @pytest.mark.parametrize("base", INVARIANT)
+@pytest.mark.filterwarnings("ignore:ASGD keeps a copy:UserWarning")
 def test_scale_free_gives_the_same_run_at_every_base_lr(problem: Problem, base: str, scheduled: bool) -> None:
     ends, learned = {}, {}
     for lr in (1e-8, 1e-4, 1.0, 1e4):

@@ -127,8 +127,30 @@ def test_what_people_see(problem: Problem, tmp_path: Path, capsys: pytest.Captur
         assert text in seen
     assert f"effective lr  {first}\n" in seen
     assert f"effective lr  {second}\n" in seen
-    assert seen.count(" beta ") == 2
-    assert "2 tensors of 12 elements in all; x_ref 0 B, delta 0 B, rest 0 B, base 104 B" in seen
+    assert seen.count("             m          v          r\n") == 2, "no column of which every row is 0"
+    assert "2 tensors of 12 elements in all; base 104 B" in seen
+
+
+def test_what_people_see_of_the_paper(problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(Run(problem, variant="paper"), "file", tmp_path / "checkpoint.pt")
+    assert main(["inspect", str(path)]) == 0
+    seen = capsys.readouterr().out
+    assert "          beta          m          v          r          s\n" in seen
+    assert "      0.999999 " in seen
+
+
+def test_a_schedule_that_has_ended_at_0(problem: Problem, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = problem.parameters()
+    base = torch.optim.AdamW(parameters, lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda t: min((t + 1) / 10, 1 - t / 30))
+    mechanic = Mechanic(base, schedule)
+    problem.train(parameters, mechanic, 30)
+    torch.save(mechanic.state_dict(), tmp_path / "checkpoint.pt")
+    assert main(["inspect", str(tmp_path / "checkpoint.pt")]) == 0
+    highest = 0.5 * max(min((t + 1) / 10, 1 - t / 30) for t in range(30)) * float(mechanic.scale)
+    assert f"effective lr  0 (the schedule is at 0; at the highest lr so far it is {highest:.4g})\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_two_mechanics_in_one_checkpoint(problem: Problem, tmp_path: Path) -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
+import threading
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from resuming import Pair, resumed, same
@@ -154,3 +160,110 @@ def test_a_run_whose_first_step_was_skipped_on_a_device_resumes_exactly(monkeypa
     one[0].grad = torch.full_like(one[0], torch.nan)
     one[1].step()
     resumed(one, other, 20)
+
+
+class Trainer:
+    """A function of the epoch that holds more than numbers."""
+
+    def __init__(self) -> None:
+        self.lock, self.model = threading.Lock(), nn.Linear(1000, 100)
+        self.table = {"rates": (1.0, 0.5), "counts": [Counter(a=2)], "at": numpy.float64(0.5)}
+        self.calls = 0
+
+    def __call__(self, epoch: int) -> float:
+        self.calls += 1
+        return numpy.float64(1 / (1 + self.calls))
+
+
+class Held(schedulers.LRScheduler):
+    """A schedule that keeps its trainer, as torch's keep all their attributes."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.trainer = Trainer()
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return [lr * self.trainer(self.last_epoch) for lr in self.base_lrs]
+
+
+def in_a_row(base: Any) -> schedulers.LRScheduler:
+    parts = [schedulers.LambdaLR(base, Trainer()), schedulers.CyclicLR(base, 0.1, 0.2, scale_fn=Trainer())]
+    return schedulers.SequentialLR(base, parts, milestones=[3])
+
+
+@pytest.mark.parametrize(
+    ("build", "left_out"),
+    [
+        (lambda base: schedulers.LambdaLR(base, Trainer()), {"lock", "model"}),
+        (lambda base: schedulers.MultiplicativeLR(base, Trainer()), {"lock", "model"}),
+        (in_a_row, {"lock", "model"}),
+        (Held, {"trainer"}),
+    ],
+    ids=["LambdaLR", "MultiplicativeLR", "SequentialLR", "of a user"],
+)
+def test_what_a_schedule_holds_that_no_checkpoint_can(build: Any, left_out: set[str]) -> None:
+    def one() -> Pair:
+        p = nn.Parameter(torch.ones(6))
+        base = SGD([p], lr=0.1, momentum=0.9)
+        return p, Mechanic(base, build(base))
+
+    (p, m), (q, other) = one(), one()
+    pulled(p, m, 5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        states = [m.state_dict() for _ in range(2)]
+    assert {str(one.message).split("'")[1] for one in told} == left_out
+    assert len(told) == len(left_out)
+    file = io.BytesIO()
+    torch.save(states[1], file)
+    assert file.tell() < 20_000
+    file.seek(0)
+    with torch.no_grad():
+        q.copy_(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.load_state_dict(torch.load(file, weights_only=True))
+    if build is Held:
+        other.scheduler.trainer.calls = m.scheduler.trainer.calls  # type: ignore[union-attr]
+    pulled(p, m, 5)
+    pulled(q, other, 5)
+    assert torch.equal(p, q)
+
+
+def test_what_weights_only_admits_by_name_is_saved() -> None:
+    p = nn.Parameter(torch.ones(6))
+    base = SGD([p], lr=0.1)
+    schedule = schedulers.LambdaLR(base, Trainer())
+    schedule.lr_lambdas[0].lock = Fraction(1, 2)
+    schedule.lr_lambdas[0].model = OrderedDict(a={1, 2}, b=torch.ones(2), c=torch.float32)
+    m = Mechanic(base, schedule)
+    with torch.serialization.safe_globals([torch.dtype]):
+        saved = m.state_dict()["param_groups"][0]["mechanic_scheduler"][0]["lr_lambdas"][0]
+    assert saved["lock"] == 0.5
+    assert type(saved["lock"]) is type(saved["table"]["at"]) is float
+    assert saved["table"] == {"rates": (1.0, 0.5), "counts": [Counter(a=2)], "at": 0.5}
+    assert list(saved["model"]) == ["a", "b", "c"]
+    schedule.lr_lambdas[0].model["b"].zero_()
+    assert saved["model"]["b"].sum() == 2
+
+
+def test_a_thousand_groups_and_a_schedule() -> None:
+    sizes = []
+    for wrap in (lambda base: base, lambda base: Mechanic(base, schedulers.CosineAnnealingLR(base, 100))):
+        params = [nn.Parameter(torch.ones(2)) for _ in range(1000)]
+        optimizer = wrap(AdamW([{"params": [p]} for p in params], lr=0.1))
+        for p in params:
+            p.grad = torch.ones(2)
+        optimizer.step()
+        torch.save(optimizer.state_dict(), file := io.BytesIO())
+        sizes.append(file.tell())
+    assert sizes[1] < 2 * sizes[0]
+
+
+def test_a_checkpoint_with_an_empty_state_is_refused_with_the_way_out() -> None:
+    p = nn.Parameter(torch.ones(6))
+    m = Mechanic(AdamW([p], lr=0.1))
+    pulled(p, m, 3)
+    with pytest.raises(ValueError, match=r"step 3, and its 'state' is empty.*optimizer\.state\.clear\(\)"):
+        m.load_state_dict({**m.state_dict(), "state": {}})
+    assert len(m.state) == 1

@@ -26,7 +26,7 @@ from manic.sweeps.native import Native
 
 
 @pytest.mark.parametrize("optimizer", sorted(optimizers()))
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step", "ignore:ASGD keeps a copy:UserWarning")
 def test_a_new_process_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     checkpoints: dict[Any, Any] = {}
     whole = {}
@@ -395,7 +395,7 @@ def test_a_warning_for_a_caller_without_a_name(trained: Any, problem: Problem) -
 
 def test_a_warning_that_no_user_is_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread that torch has started, say: it names the line that warns."""
-    monkeypatch.setattr(diagnostics, "_callers", lambda: ["manic.diagnostics", "torch.optim"])
+    monkeypatch.setattr(diagnostics, "callers", lambda: ["manic.diagnostics", "torch.optim"])
     with pytest.warns(UserWarning, match="nobody") as record:
         diagnostics.warn("nobody")
     assert "warnings.warn(" in linecache.getline(record[0].filename, record[0].lineno)

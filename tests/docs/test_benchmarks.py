@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import bases
 import contenders
 import gpu
 import gpu_checks
@@ -21,6 +22,7 @@ import sums
 import torch
 from checkpoint_bytes import measure
 
+from manic import Mechanic
 from manic.parameters import REST
 from manic.sweeps.native import Native, native
 
@@ -296,3 +298,31 @@ def test_lion_by_hand() -> None:
         x -= 0.1 * (0.9 * m + 0.1 * g).sign()
         m = 0.99 * m + 0.01 * g
     torch.testing.assert_close(p.detach(), x)
+
+
+class Unsaved(torch.optim.SGD):
+    """Loses its momentum when it is saved."""
+
+    def state_dict(self) -> Any:
+        return {**super().state_dict(), "state": {}}
+
+
+class Standing(torch.optim.SGD):
+    """Does not move."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return closure()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_said_of_an_optimizer() -> None:
+    def momentum(params: Any) -> Any:
+        return Unsaved(params, lr=0.01, momentum=0.9)
+
+    assert bases.fault(torch.optim.AdamW, Mechanic)[0] == ""
+    if hasattr(torch.optim, "Muon"):
+        assert bases.fault(torch.optim.Muon, Mechanic)[0] == "", "it takes matrices alone"
+    assert bases.fault(momentum, lambda base: base)[0].startswith("does not resume: ")
+    assert bases.fault(Standing, Mechanic)[0] == "does not train"
+    assert bases.fault(torch.optim.LBFGS, Mechanic)[0].startswith("cannot be built: ValueError: LBFGS")
+    assert "Mechanic" not in bases.fault(torch.optim.LBFGS, lambda base: base)[0]

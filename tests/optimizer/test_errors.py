@@ -79,7 +79,7 @@ def test_wrapped_twice() -> None:
     mechanic = Mechanic(optimizer)
     with pytest.raises(ValueError, match="already"):
         Mechanic(mechanic)
-    with pytest.raises(ValueError, match="SGD is wrapped by another Mechanic"):
+    with pytest.raises(ValueError, match="SGD has a Mechanic's state already"):
         Mechanic(optimizer)
 
 

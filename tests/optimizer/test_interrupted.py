@@ -123,7 +123,7 @@ def test_an_interrupt_does_not_leave_the_lr_lent(problem: Problem) -> None:
     """One that comes when the first of two groups has its lent lr."""
 
     class Interrupting(float):
-        def __truediv__(self, other: float) -> float:
+        def __float__(self) -> float:
             raise KeyboardInterrupt
 
     parameters = problem.parameters()

@@ -51,10 +51,13 @@ def resumed(one: Pair, other: Pair, steps: int, state: Any = None) -> None:
 
 
 def optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    """Every optimizer that this torch has."""
+    """Every optimizer that this torch has, but LBFGS, which a Mechanic refuses."""
     found = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}
+    left_out = ("Optimizer", "LBFGS")
     return {
-        name: value for name, value in found.items() if issubclass(value, torch.optim.Optimizer) and name != "Optimizer"
+        name: value
+        for name, value in found.items()
+        if issubclass(value, torch.optim.Optimizer) and name not in left_out
     }
 
 
@@ -87,9 +90,8 @@ class Run:
         self.parameters = [nn.Parameter((0.1 * torch.randn(s, generator=generator)).to(case.dtype)) for s in shapes]
         if self.sparse:
             self.parameters = self.parameters[:1]
-        options: dict[str, Any] = {"SGD": {"momentum": 0.9}, "LBFGS": {"max_iter": 4}}.get(case.optimizer, {})
+        options: dict[str, Any] = {"SGD": {"momentum": 0.9}}.get(case.optimizer, {})
         base = optimizers()[case.optimizer](self.parameters, lr=LR, **options)
-        self.closure = case.optimizer == "LBFGS"
         schedule = self.schedule(case.scheduler, base)
         start = {"s_init": 1e-2} if case.variant == "paper" else {}
         self.mechanic = Mechanic(base, schedule, variant=case.variant, **start)
@@ -119,18 +121,9 @@ class Run:
     def train(self, steps: range) -> Iterator[int]:
         for t in steps:
             yield t
-
-            def closure(t: int = t) -> Tensor:
-                self.mechanic.zero_grad()
-                loss = self.loss(t)
-                loss.backward()
-                return loss
-
-            if self.closure:
-                self.mechanic.step(closure)
-            else:
-                closure()
-                self.mechanic.step()
+            self.mechanic.zero_grad()
+            self.loss(t).backward()
+            self.mechanic.step()
         yield steps.stop
 
     def state(self) -> dict[str, Any]:
@@ -146,6 +139,7 @@ class Run:
 def main(optimizer: str, checkpoints: str, results: str) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="The epoch parameter in `scheduler.step")
+    warnings.filterwarnings("ignore", message="ASGD keeps a copy")
     saved = torch.load(checkpoints, weights_only=True)
     ends = {}
     for case in cases(optimizer):

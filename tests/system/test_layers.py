@@ -16,7 +16,7 @@ ROOT = Path(manic.__file__).parent
 # in its row.
 ROWS = [
     ["tuner", "parameters", "chains"],
-    ["collectives", "scale_free", "diagnostics", "schedules"],
+    ["collectives", "scale_free", "diagnostics", "schedules", "bases"],
     ["sweeps.eager", "sweeps.base", "sweeps.native", "sweeps.triton_kernels", "sweeps.kernels", "sweeps.passes"],
     ["checkpoint.record", "checkpoint.older", "checkpoint.validation", "checkpoint.loading"],
     ["wrapper", "algorithm", "run", "mechanic"],

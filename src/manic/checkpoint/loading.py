@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from manic.checkpoint.validation import (
 )
 from manic.diagnostics import warn
 from manic.parameters import KEPT, REST, RESTS, local, wide
-from manic.schedules import Schedule, differences
+from manic.schedules import Schedule, differences, plain
 from manic.tuner import TunerState
 
 SCALARS = ("mu_product", "eta", "mu")  # NAdam's and ASGD's, float32 beside parameters of any dtype
@@ -57,10 +58,15 @@ def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
         for group in live:
             copies[group["mechanic_state"]][-2:] = -1.0
     groups = [
-        {key: copies[value] if key in TENSORS else value for key, value in group.items()}
+        {key: copies[value] if key in TENSORS else _number(value) for key, value in group.items()}
         for group in state_dict["param_groups"]
     ]
     return {**state_dict, "state": _rests_as(torch.bfloat16, state_dict["state"]), "param_groups": groups}
+
+
+def _number(value: Any) -> Any:
+    """A setting of a group: if it is a number that ``weights_only`` does not admit, such as numpy's, as Python's."""
+    return plain(value) if isinstance(value, Real) else value
 
 
 def _rests_as(dtype: torch.dtype, state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -158,7 +164,7 @@ def load(
     saved, plan = read(groups)
     check_record(saved, record)
     if schedule.scheduler is not None and plan is not None:
-        check_settings(plan, schedule.scheduler.state_dict(), type(schedule.scheduler).__name__)
+        check_settings(plan, schedule.state() or {}, type(schedule.scheduler).__name__)
     check_state(params, state, saved)
     if not saved.frozen and not spread:
         check_whole(params, state, groups, saved.options)

@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
+from torch.optim import Adafactor, Optimizer, SparseAdam
 
 from manic.chains import owners, params_of
 from manic.checkpoint.record import Record, is_plain
-from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, shards
+from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, lr_of, shards
 from manic.schedules import IN_A_GROUP, PER_GROUP
 from manic.tuner import Options, TunerState
 
@@ -142,7 +143,7 @@ def _alike(value: Any, here: Any) -> bool:
 def _is_number(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool and is_plain(value)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------------- state
@@ -177,7 +178,12 @@ def check_whole(
     """Check that every parameter of the last step has its slot: without it, it would silently begin anew."""
     counts = [TunerState.unpack(group["mechanic_state"], len(options.memories)).numel for group in groups]
     members = [group["params"] for group in groups]
-    slot = SLOT[options.variant]
+    slot, step = SLOT[options.variant], int(groups[0]["mechanic_step"])
+    if not state and any(counts):
+        raise ValueError(
+            f"the checkpoint is of step {step}, and its 'state' is empty. To begin the state anew, load the whole "
+            "checkpoint, and call optimizer.state.clear() then"
+        )
     if not options.per_group:
         counts, members = counts[:1], [list(chain.from_iterable(members))]
     for count, keys in zip(counts, members, strict=True):
@@ -186,7 +192,7 @@ def check_whole(
         numel = sum(params[key].numel() for key in there)
         if numel < float(count) * (1 if count.dtype == torch.float64 else 1 - 1e-6):
             raise ValueError(
-                f"the checkpoint is of step {int(groups[0]['mechanic_step'])}, but has no {slot!r} for "
+                f"the checkpoint is of step {step}, but has no {slot!r} for "
                 f"{float(count) - numel:.0f} of the {float(count):.0f} elements that had a gradient then. "
                 "torch.distributed.checkpoint loads what it is asked for: ask with the Mechanic itself, "
                 "dcp.load({'mechanic': mechanic}), or with get_state_dict, while no gradients are there, and not frozen"
@@ -236,7 +242,7 @@ def try_out(base: Optimizer, unit: float = 1.0) -> None:
     ]
     for number, (one, group, p) in enumerate(members):
         plain = type(local(p)) in (Tensor, torch.nn.Parameter) and not p.is_meta
-        if not type(one).__module__.startswith("torch.optim") or isinstance(one, LBFGS):  # which wants a closure
+        if not type(one).__module__.startswith("torch.optim"):
             continue
         # A part of a parameter has nothing to do with Adafactor's rows and columns of the whole.
         if p not in base.state or not plain or (isinstance(one, Adafactor) and shards(layout_of(p)) > 1):
@@ -246,7 +252,7 @@ def try_out(base: Optimizer, unit: float = 1.0) -> None:
             if isinstance(value, Tensor | int | float):
                 _check_value(f"{name} of parameter {number}", torch.as_tensor(value), p)
         try:
-            _step_a_stand_in(one, {**group, "lr": group["lr"] / unit} if "lr" in group else group, p, state)
+            _step_a_stand_in(one, group if lr_of(group) is None else {**group, "lr": group["lr"] / unit}, p, state)
         except KeyError as error:
             raise ValueError(f"the checkpoint has no {error} for parameter {number}") from error
         except WRONG as error:
