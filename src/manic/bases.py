@@ -80,8 +80,8 @@ def check_params(params: Sequence[Tensor]) -> None:
     """Check that no parameter is given twice."""
     if len({id(p) for p in params}) < len(params):
         raise ValueError(
-            "a param group has a parameter twice, and the base would step it twice: give each once. parameters() of "
-            "the whole model does so, with tied weights too"
+            "a param group has a parameter twice, and the optimizer would step it twice: give each once. parameters() "
+            "of the whole model does so, with tied weights too"
         )
 
 

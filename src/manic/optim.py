@@ -36,7 +36,7 @@ class Mechanized(Mechanic):
     def __init__(self, *args: Any, mechanic: Mapping[str, Any] | None = None, **options: Any) -> None:
         if mechanic is not None and not isinstance(mechanic, Mapping):
             raise TypeError(
-                f"mechanic takes a dict of Mechanic's arguments, such as {{'per_group': True}}: {mechanic!r}"
+                f"mechanic takes a dict of Mechanic's arguments, such as {{'per_group': True}}, got {mechanic!r}"
             )
         super().__init__(self.base(*args, **options), **(mechanic or {}))
 

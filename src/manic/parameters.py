@@ -140,8 +140,8 @@ def collect(
             slot = kept[SLOT[variant]]
             if slot.shape != p.shape:
                 raise ValueError(
-                    f"a parameter of param group {i} has become {tuple(p.shape)}, its slot is {tuple(slot.shape)}: "
-                    "to begin it anew, take its state out, optimizer.state.pop(parameter)"
+                    f"a parameter of param group {i} has become {tuple(p.shape)}, the Mechanic keeps "
+                    f"{tuple(slot.shape)} for it: to begin it anew, take its state out, optimizer.state.pop(parameter)"
                 )
             if getattr(grad, "placements", None) != getattr(p, "placements", None):
                 grad = grad.redistribute(placements=p.placements)

@@ -164,7 +164,9 @@ class Run:
 
     def _check_lrs(self) -> None:
         if any(lr_of(group) is None for group in self.groups):
-            raise ValueError(f"a param group of {self.inside.name} has no lr to carry the scale")
+            raise ValueError(
+                f"a param group of {self.inside.name} has no lr to carry the scale: give every group an lr"
+            )
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -60,13 +60,13 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert learned, "no snippet trained"
 
 
-def test_the_readme_names_every_option() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_the_api_names_every_option() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     code = manic.Mechanic.__init__.__code__
     options = code.co_varnames[1 : 1 + code.co_argcount + code.co_kwonlyargcount - 1]
     assert "store_delta" in options
     for option in options:
-        assert f"`{option}`" in readme, option
+        assert f"`{option}`" in page, option
 
 
 def test_the_version_stands_in_one_place() -> None:

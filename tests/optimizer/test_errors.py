@@ -149,7 +149,7 @@ def test_a_parameter_that_has_grown_is_told_and_can_begin_anew(kind: str, sweeps
     pulled(p, m, 5)
     p.grad, p.data = None, torch.cat([p.data, torch.ones(2)])
     with pytest.raises(
-        ValueError, match=r"param group 0 has become \(7,\), its slot is \(5,\).*state.pop\(parameter\)$"
+        ValueError, match=r"param group 0 has become \(7,\), the Mechanic keeps \(5,\) for it.*state.pop\(parameter\)$"
     ):
         pulled(p, m)
     m.state.pop(p)

@@ -57,14 +57,20 @@ def by_id(base: Optimizer, groups: list[dict[str, Any]]) -> dict[Any, Tensor]:
 def check_groups(base: Optimizer, groups: list[dict[str, Any]]) -> None:
     """Check that they have the parameters of the live ones, and settings of the same kinds."""
     if len(groups) != len(base.param_groups):
-        raise ValueError(f"the checkpoint has {len(groups)} param groups, the optimizer has {len(base.param_groups)}")
+        raise ValueError(
+            f"the checkpoint has {len(groups)} param groups, the optimizer has {len(base.param_groups)}: build it with "
+            "the groups of the run that was saved"
+        )
     ids = [key for group in groups for key in group["params"]]
     if len(set(ids)) < len(ids):
         raise ValueError(f"the param groups of the checkpoint have a parameter twice: {ids}")
     for i, (saved, live, one) in enumerate(zip(groups, base.param_groups, owners(base), strict=True)):
         theirs, ours = len(saved["params"]), len(live["params"])
         if theirs != ours:
-            raise ValueError(f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer")
+            raise ValueError(
+                f"param group {i} has {theirs} parameters in the checkpoint and {ours} in the optimizer: build the "
+                "model and the optimizer as in the run that was saved"
+            )
         for name, default in one.defaults.items():
             # torch fills in the flags that an older version did not have; a number is another optimizer's.
             if name not in saved and default is not None and not isinstance(default, bool):
@@ -92,10 +98,14 @@ def _arguments(constructor: Callable[..., None]) -> Mapping[str, inspect.Paramet
 def check_record(saved: Record, here: Record) -> None:
     """Check that a checkpoint is of a Mechanic around the same base, with the same scheduler if both have one."""
     if saved.base != here.base:
-        raise ValueError(f"the checkpoint is of a Mechanic around {saved.base}, this one is around {here.base}")
+        raise ValueError(
+            f"the checkpoint is of a Mechanic around {saved.base}, this one is around {here.base}: wrap the "
+            "same optimizer"
+        )
     if None not in (saved.scheduler, here.scheduler) and saved.scheduler != here.scheduler:
         raise ValueError(
-            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has {here.scheduler}"
+            f"the checkpoint was written with the scheduler {saved.scheduler}, this Mechanic has {here.scheduler}: "
+            "build the same one, or pass none in to go on without the saved schedule"
         )
 
 
@@ -267,7 +277,9 @@ def _check_value(what: str, value: Tensor, p: Tensor) -> None:
     sizes = value.dim() == p.dim() and all(n in (1, size) for n, size in zip(value.shape, p.shape, strict=True))
     _check_tensor(what, value, p, fits=sizes or value.dim() == 0)
     if bool(_extremes(value).isnan().any()):
-        raise ValueError(f"{what} has NaN in it: the checkpoint is damaged, or of a run that was lost")
+        raise ValueError(
+            f"{what} has NaN in it: the checkpoint is damaged, or its run had diverged. Load an earlier one"
+        )
     if what.startswith("step ") and not 0 <= value < math.inf:
         raise ValueError(f"{what} is {value.item()} in the checkpoint")
 
