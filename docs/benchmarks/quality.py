@@ -258,7 +258,7 @@ class Contender:
     build: Callable[[Any, nn.Module, Run], Stepper]
     schedules: tuple[str, ...] = SCHEDULES
     dtype: torch.dtype = torch.float32  # of the parameters
-    constants: tuple[tuple[str, float], ...] = ()  # of manic.scale_free, other than they are
+    rule: tuple[tuple[str, Any], ...] = ()  # constants and functions of manic.scale_free, other than they are
 
     def usual(self, lr: float) -> bool:
         """Whether its users would give this base lr. The others show what the base lr does."""
@@ -355,8 +355,8 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def changed(options: dict[str, Any] | None = None, **constants: float) -> Contender:
-    return Contender("manic", ALL, (USUAL,), manic(**(options or {})), constants=tuple(constants.items()))
+def changed(options: dict[str, Any] | None = None, **rule: Any) -> Contender:
+    return Contender("manic", ALL, (USUAL,), manic(**(options or {})), rule=tuple(rule.items()))
 
 
 ABLATION = {
@@ -368,7 +368,10 @@ ABLATION = {
     "no h is a record": changed(RECORD=math.inf),
     "every update is followed, |h| and ‖g‖ count in full": changed(SURPRISE=math.inf),
     "no caution: h/√v": changed(CAUTION=0.0),
+    "nothing is tolerated where the lr falls": changed(hovering=lambda patient, share: 0 * share),
     "λ = 0": changed({"s_decay": 0.0}),
+    "floor a thousand times lower": changed(FLOOR=1e-9),
+    "no replaced weights are noticed": changed(REPLACED=math.inf),
     "start ten times higher": changed(START=1e-2),
     "start ten times lower": changed(START=1e-4),
 }
@@ -398,7 +401,7 @@ def train(run: Run) -> dict[str, Any]:
     initial = task.validate(model)
     stepper = contender.build(importlib.import_module(contender.module), model, run)
     losses = []
-    with mock.patch.multiple(scale_free, **dict(contender.constants)) if contender.constants else nullcontext():
+    with mock.patch.multiple(scale_free, **dict(contender.rule)) if contender.rule else nullcontext():
         for step in range(run.steps):
             model.zero_grad()
             loss = task.loss(model, task.batch(1_000_000 * run.seed + step))

@@ -19,6 +19,11 @@ REPLACED = 3.0  # a change of ‖x − x_ref‖ or ‖x‖ by more than so many 
 ROUNDING = 1e-5  # and by more than this, beside ‖x‖ and ‖x − x_ref‖
 
 
+def hovering(patient: Tensor, share: Tensor) -> Tensor:
+    """The part of the usual |h| that is tolerated where the lr falls to `share` of the highest."""
+    return (patient * (1 - share).clamp_min(0)).sqrt()
+
+
 def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: Tensor) -> tuple[TunerState, Motion]:
     """The log of S goes down the gradient h, in steps of h over its size so far: docs/algorithm.md."""
     # Weights that were replaced: all that is known of d is of no use, and x_ref takes x.
@@ -70,7 +75,7 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: T
     peak = torch.maximum(old.peak, lr)
     share = over(lr, peak)
     patient = (PATIENCE / (old.steps + PATIENCE)).sqrt()
-    tolerated = (patient * (1 - share).clamp_min(0)).sqrt() * typical
+    tolerated = hovering(patient, share) * typical
     worth = torch.where(h > 0, patient, over(size, gradient).clamp_max(1))
     move = over(worth * torch.sign(h) * counted - tolerated, now)
     # A record is measured by what was known when the bet was made: so a bad one is cut.
