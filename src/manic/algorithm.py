@@ -16,7 +16,20 @@ from manic.parameters import KEPT, REST, SLOT, Layout, ParamState, collect, entr
 from manic.scale_free import scale_free
 from manic.sweeps.kernels import kernels_for
 from manic.sweeps.passes import Passes
-from manic.tuner import Motion, Options, Sums, TunerState, growth, inner_product, largest_update, over
+from manic.tuner import (
+    Motion,
+    Options,
+    Sums,
+    TunerState,
+    Value,
+    finite,
+    growth,
+    inner_product,
+    largest_update,
+    over,
+    sqrt,
+    where,
+)
 from manic.wrapper import Closure, Inside
 
 if TYPE_CHECKING:
@@ -126,14 +139,30 @@ class Learner:
             sums: as ``_measure()`` returns them.
             ok: whether the step counts, a 0-d bool on the tuner's device.
         """
-        options, olds = self.record.options, self.tuners()
-        rates = [lr_of(group, self.record.unit) / self.record.unit for group in self.base.groups]
-        lrs = [_largest(some, sums) for some in (zip(rates) if options.per_group else [rates])]
+        options, unit = self.record.options, self.record.unit
+        rates = [lr_of(group, unit) / unit for group in self.base.groups]
+        shared = [*zip(rates, strict=True)] if options.per_group else [rates]  # by the groups that share one scale
+        if on_host(ok) and options.variant == "scale_free":
+            return self._tune_on_host(sums, not known_false(ok), shared)
         found = [
-            tune(old, Sums(*row), ok, self._betas, options, self.record.unit, lr)
-            for old, row, lr in zip(olds, sums, lrs, strict=True)
+            tune(old, Sums(*row), ok, self._betas, options, unit, _largest(some, sums))
+            for old, row, some in zip(self.tuners(), sums, shared, strict=True)
         ]
         return [new for new, _ in found], torch.stack([torch.stack(motion) for _, motion in found])
+
+    @disable_dynamo
+    def _tune_on_host(
+        self, sums: Tensor, ok: bool, shared: Sequence[Sequence[Value]]
+    ) -> tuple[list[TunerState], Tensor]:
+        """As ``_tune()``, in Python's numbers. `shared`: of each learned scale, its groups' lrs over the base lr."""
+        options, unit = self.record.options, self.record.unit
+        olds = map(TunerState.on_host, _flats(self.base.groups, options))
+        found = [
+            tune(old, Sums(*row), ok, self._betas, options, unit, max(abs(float(rate)) for rate in rates))
+            for old, row, rates in zip(olds, sums.tolist(), shared, strict=True)
+        ]
+        motions = torch.tensor([motion for _, motion in found], dtype=sums.dtype, device=sums.device)
+        return [new.on(sums) for new, _ in found], motions
 
     def _keep_quiet(self, passes: Passes, new: list[TunerState], ok: Tensor) -> None:
         """Give the base gradients of 0 where no update may follow."""
@@ -160,7 +189,7 @@ class Learner:
 
     def _shares(self) -> Tensor:
         """This process's shares of ‖u‖² of the last step, and of ‖d‖² of where it left x: [k, 2]."""
-        return torch.stack([self.read("update_sq"), self.read("left_sq")], 1)
+        return torch.stack([flat[-2:] for flat in _flats(self.base.groups, self.record.options)])
 
     def _added(self, parts: dict[Layout, Tensor]) -> Tensor:
         """As ``_shares()``, of this step.
@@ -198,7 +227,9 @@ class Learner:
 
     def read(self, field: str) -> Tensor:
         """A 0-d field of every learned scale: [k], a copy."""
-        return field_of(self.tuners(), field)
+        options = self.record.options
+        place = TunerState.place(field, len(options.memories))
+        return torch.stack([flat[place] for flat in _flats(self.base.groups, options)])
 
     @disable_dynamo
     def _forget_rehearsal(self) -> None:
@@ -257,12 +288,12 @@ class Frozen:
 
 
 def tune(
-    old: TunerState, sums: Sums, ok: Tensor, betas: Tensor, options: Options, unit: float, lr: Tensor
+    old: TunerState, sums: Sums, ok: Value, betas: Tensor, options: Options, unit: float, lr: Value
 ) -> tuple[TunerState, Motion]:
     """Update the tuner: Algorithm 1 from h_t to s_{t+1}.
 
     Args:
-        old: the state after the last step.
+        old: the state after the last step. It and what follows are 0-d tensors, or in "scale_free" Python's numbers.
         sums: the global sums at x_t.
         ok: 0-d bool. False: the sums are not finite. Then nothing moves, and the state changes only in the count of
             skipped steps and the norm of the parameters that entered.
@@ -274,16 +305,16 @@ def tune(
     Returns:
         the new state, with the old ``update_sq`` and ``left_sq``, and the motion.
     """
-    ref_sq = old.ref_sq + torch.where(torch.isfinite(sums.entered_sq), sums.entered_sq, 0)
+    ref_sq = old.ref_sq + where(finite(sums.entered_sq), sums.entered_sq, 0.0)
     if options.variant == "paper":
         new, motion = paper(old, sums, betas, options)
     else:
         new, motion = scale_free(old._replace(ref_sq=ref_sq), sums, options, unit, lr)
     new = new._replace(members=sums.members, numel=sums.numel, steps=old.steps + 1)
-    kept = TunerState(*(torch.where(ok, a, b) for a, b in zip(new, old, strict=True)))
+    kept = TunerState(*(where(ok, a, b) for a, b in zip(new, old, strict=True)))
     return (
-        kept._replace(ref_sq=ref_sq, skipped=old.skipped + ~ok),
-        Motion(*(torch.where(ok, factor, 0) for factor in motion)),
+        kept._replace(ref_sq=ref_sq, skipped=where(ok, old.skipped, old.skipped + 1)),
+        Motion(*(where(ok, factor, 0.0) for factor in motion)),
     )
 
 
@@ -296,7 +327,7 @@ def paper(old: TunerState, sums: Sums, betas: Tensor, options: Options) -> tuple
     r = (betas * old.r - old.s * h).clamp_min(0)
     wealth = (options.s_init or PAPER_S_INIT) / betas.numel() * m + r
     s = over(wealth, v.sqrt() + options.eps)
-    scale, norm, one = s.sum(), sums.delta_sq.sqrt(), torch.ones_like(h)
+    scale, norm, one = s.sum(), sqrt(sums.delta_sq), torch.ones_like(h)
     change, same = growth(old, sums)
     new = old._replace(
         m=m,

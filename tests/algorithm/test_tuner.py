@@ -153,16 +153,37 @@ def scale_free(
     return new, motion
 
 
+Step = tuple[State, dict[str, float]]
+
+
+def by_both(old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float) -> list[Step]:
+    """In tensors, and where the host computes in Python's numbers, in these."""
+    numbers = (False, True) if options["variant"] == "scale_free" else (False,)
+    return [by_torch(old, sums, options, unit, lr, numbers=one) for one in numbers]
+
+
 def by_torch(
-    old: State, sums: dict[str, float], options: dict[str, Any], unit: float, lr: float, ok: bool = True
-) -> tuple[State, dict[str, float]]:
+    old: State,
+    sums: dict[str, float],
+    options: dict[str, Any],
+    unit: float,
+    lr: float,
+    ok: bool = True,
+    numbers: bool = False,
+) -> Step:
     def tensor(value: Any) -> torch.Tensor:
         return torch.tensor(value, dtype=torch.float64)
 
     state = TunerState(**{name: tensor(value) for name, value in old.items()})
     state = TunerState.unpack(state.pack(), len(Options(**options).memories))
-    totals = Sums(**{name: tensor(value) for name, value in sums.items()})
-    new, motion = tune(state, totals, torch.tensor(ok), tensor(options["betas"]), Options(**options), unit, tensor(lr))
+    betas = tensor(options["betas"])
+    if numbers:
+        state = TunerState.on_host(state.pack())
+        found, factors = tune(state, Sums(**sums), ok, betas, Options(**options), unit, lr)
+        new, motion = found.on(betas), Motion(*map(tensor, factors))
+    else:
+        totals = Sums(**{name: tensor(value) for name, value in sums.items()})
+        new, motion = tune(state, totals, torch.tensor(ok), betas, Options(**options), unit, tensor(lr))
     assert {tuple(value.shape) for value in motion} == {()}
     return tuple({name: value.tolist() for name, value in found._asdict().items()} for found in (new, motion))
 
@@ -273,18 +294,19 @@ def test_every_field(old: State, sums: dict[str, float], options: dict[str, Any]
         # What it never has otherwise: it takes no note of the lr, and keeps all of Δ.
         old = {**old, "peak": 0.0, "keep": 1.0, "fade": 1.0, "scale": sum(old["s"])}
     wanted, motion = by_hand(old, sums, options, unit, lr)
-    got, moves = by_torch(old, sums, options, unit, lr)
     # Differences of what is alike are as exact as that is.
     size = max(1.0, *wanted["r"], wanted["update_norm"], wanted["delta_norm"] / (old["fade"] or 1), old["scale"])
-    close(got, wanted, size)
-    close(moves, motion, size if options["variant"] == "paper" else 1.0)
+    for got, moves in by_both(old, sums, options, unit, lr):
+        close(got, wanted, size)
+        close(moves, motion, size if options["variant"] == "paper" else 1.0)
 
 
+@pytest.mark.parametrize("numbers", [False, True])
 @pytest.mark.parametrize("limit", [1 - 1e-12, 1 + 1e-12], ids=["just not", "just"])
-def test_weights_that_were_replaced(limit: float) -> None:
+def test_weights_that_were_replaced(limit: float, numbers: bool) -> None:
     """x_ref takes x. What was learned stays but for what it forgets in a step: h is 0, and so is Δ."""
     replaced = limit > 1
-    new, motion = by_torch(fitted(UNDER_WAY, PLAIN), beyond(limit), PLAIN, 1.0, 1.0)
+    new, motion = by_torch(fitted(UNDER_WAY, PLAIN), beyond(limit), PLAIN, 1.0, 1.0, numbers=numbers)
     assert (new["moved"] == new["delta_norm"] == new["h"] == new["keep"] == 0) == replaced
     assert (new["update_norm"] == 1) == replaced  # growth is 3 updates
     assert (new["scale"] == 1) == replaced
@@ -315,10 +337,11 @@ def test_a_step_that_does_not_count(
     for entered in (sums["entered_sq"], math.inf, math.nan):
         for broken in (math.inf, math.nan):
             gone = {**sums, "grad_sq": broken, "delta_grad": broken, "entered_sq": entered}
-            got, motion = by_torch(old, gone, options, unit, lr, ok=False)
-            ref_sq = old["ref_sq"] + (entered if math.isfinite(entered) else 0)
-            close(got, {**old, "ref_sq": ref_sq, "skipped": old["skipped"] + 1}, 0.0)
-            assert motion == STILL
+            for numbers in (False, True) if options["variant"] == "scale_free" else (False,):
+                got, motion = by_torch(old, gone, options, unit, lr, ok=False, numbers=numbers)
+                ref_sq = old["ref_sq"] + (entered if math.isfinite(entered) else 0)
+                close(got, {**old, "ref_sq": ref_sq, "skipped": old["skipped"] + 1}, 0.0)
+                assert motion == STILL
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -331,3 +354,20 @@ def test_the_paper_s_squares_stay_finite(dtype: torch.dtype, sign: int) -> None:
     new, motion = tune(state, sums, torch.tensor(True), one, Options(variant="paper", betas=(1.0,)), 1.0, one[0])
     assert all(value.isfinite().all() for value in (*new, *motion))
     assert sign * new.h == pytest.approx(torch.finfo(dtype).max ** 0.4)
+
+
+EXTREMES = [0.0, 1e-320, 1e-200, 1.0, 1e200, 1e308, math.inf, math.nan]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data(), st.booleans())
+def test_numbers_end_where_tensors_do_however_extreme(data: st.DataObject, ok: bool) -> None:
+    """Nothing raises where tensors would be infinite or NaN."""
+    some = st.sampled_from(EXTREMES) | SIZE
+    old = {name: [data.draw(some)] if name in "mvrs" else data.draw(some) for name in TunerState._fields}
+    sums = {name: data.draw(some | some.map(lambda x: -x)) for name in Sums._fields}
+    lr = data.draw(SIZE)
+    one, two = (by_torch(old, sums, PLAIN, 1.0, lr, ok=ok, numbers=numbers) for numbers in (False, True))
+    for found, wanted in zip(two, one, strict=True):
+        for name, value in wanted.items():
+            assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-300, nan_ok=True), name

@@ -25,6 +25,8 @@ class Table(Group, ABC):
     def __init__(self, states: Sequence[ParamState], difference: bool) -> None:
         super().__init__(states, difference)
         tensors, host = column(states, "slot"), torch.device("cpu")  # whatever the default device is
+        self._params = column(states, "param")
+        self._kept = [tensors, *([] if self.first.rest is None else [column(states, "rest")])]
         self.device = tensors[0].device
         numel = torch.tensor([t.numel() for t in tensors], device=host)
         counts = (numel + self.piece - 1) // self.piece
@@ -52,8 +54,8 @@ class Table(Group, ABC):
         self.moved.value, self._instead = 0, []
         if self._aside is None:
             self._aside = torch.empty(self._room, dtype=self.first.param.dtype, device=self.device)
-        names = ["param", "grad", "slot", *([] if self.first.rest is None else ["rest"])]
-        addresses = [[t.data_ptr() for t in column(self.states, name)] for name in names]
+        columns = [self._params, column(self.states, "grad"), *self._kept]
+        addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in columns]
         start, width = self._aside.data_ptr(), self._aside.element_size()
         addresses.insert(3, [start + width * place for place in self._places])
         if addresses != self._addresses:
@@ -73,7 +75,7 @@ class Table(Group, ABC):
 
     def move(self, motion: Tensor) -> list[Tensor]:
         """As that of a Group, which does it if the base has put x into other memory than the table says."""
-        if not self._instead and [t.data_ptr() for t in column(self.states, "param")] != self._addresses[0]:
+        if not self._instead and [*map(Tensor.data_ptr, self._params)] != self._addresses[0]:
             pairs = zip(self.states, self.before(), strict=True)
             self._instead = [Group([state], self.difference, before) for state, before in pairs]
         if self._instead:
