@@ -107,12 +107,14 @@ class Learner:
     def _take(self) -> Passes:
         """The parameters that have a gradient, grouped anew only if something differs from the last step."""
         options, groups, state = self.record.options, self.base.groups, self.base.optimizer.state
-        looks = signature(self.base.params(), state)
+        params = self.base.params()
+        grads = [p.grad for p in params]
+        looks = signature(params, grads, state)
         seen = looks and ([(len(group["params"]), group.get("maximize")) for group in groups], *looks)
         if self._passes is not None and self._passes[0] is not None and self._passes[0] == seen:
             passes = self._passes[1]
-            for one in passes.states:
-                one.grad = one.param.grad
+            for one, grad in zip(passes.states, (g for g in grads if g is not None), strict=True):
+                one.grad = grad
             return passes
         states = list(collect(groups, state, options.variant, per_group=options.per_group))
         difference = options.variant == "scale_free"
@@ -206,7 +208,7 @@ class Learner:
         In the order of the parameters, in which every rank gathers them.
         """
         slot = SLOT[self.record.options.variant]
-        for one in states:
+        for one in [one for one in states if one.entering or one.rest is not None]:
             kept = self.base.optimizer.state[one.param]
             if one.entering:
                 kept[slot] = one.slot

@@ -25,7 +25,7 @@ KEPT = (REF, DELTA, REST)  # every key of ours in state[p]
 SLOT = {"scale_free": REF, "paper": DELTA}  # the slot, by variant
 RESTS = {torch.bfloat16: torch.int16, torch.float16: torch.float32}  # dtype of the rest, by that of the parameter
 
-LOOKS = attrgetter("dtype", "device", "shape")
+LOOKS, DTYPE = attrgetter("dtype", "device", "shape"), attrgetter("dtype")
 
 # Where the elements of a parameter are: all here (None), or a DTensor's mesh and whether each of its dimensions cuts.
 Layout = tuple[Any, tuple[bool, ...]] | None
@@ -157,15 +157,18 @@ def _member(place: int) -> float:
     return float(int.from_bytes(blake2b(place.to_bytes(8, "little"), digest_size=4).digest(), "little"))
 
 
-def signature(params: list[Tensor], state: Mapping[Tensor, Any]) -> tuple[Any, ...] | None:
+def signature(params: list[Tensor], grads: list[Tensor | None], state: Mapping[Tensor, Any]) -> list[Any] | None:
     """All that decides how parameters, gradients and slots are taken together, to be compared with that of another
-    step. None: it cannot be told."""
+    step. None: it cannot be told. (Loops in C, since a step waits for this.)"""
     if not {Tensor, torch.nn.Parameter}.issuperset(map(type, params)):
         return None
+    there = [g for g in grads if g is not None]
+    strided = [g for g in there if g.layout is torch.strided]
+    looks = [*map(LOOKS, params)]
     entries = [*map(state.get, params)]
-    kept = [[one and id(one.get(key)) for one in entries] for key in KEPT]
-    grads = [
-        g if g is None else (g.dtype, g.stride(), g.is_neg()) if g.layout is torch.strided else g.layout
-        for g in [p.grad for p in params]
-    ]
-    return [*map(id, params)], [*map(LOOKS, params)], [*map(Tensor.stride, params)], grads, kept
+    kept = [[one and id(one.get(key)) for one in entries] for key in (REF, DELTA)]
+    if not RESTS.keys().isdisjoint(look[0] for look in looks):
+        kept.append([one and id(one.get(REST)) for one in entries])
+    kinds = [*map(DTYPE, strided)], [*map(Tensor.stride, strided)], [*map(Tensor.is_neg, strided)]
+    others = [(g is None) or g.layout for g in grads] if len(strided) < len(grads) else []
+    return [[*map(id, params)], looks, [*map(Tensor.stride, params)], kinds, others, kept]
