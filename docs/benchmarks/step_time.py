@@ -10,10 +10,11 @@ as many flat tensors; the fastest of their runs counts.
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
-from contenders import CONTENDERS, Parameters, adamw, installed, machine, ratio, seconds, write
+from contenders import CONTENDERS, Build, Parameters, adamw, installed, machine, ratio, seconds, write
 from torch import nn
 
 Shapes = list[tuple[int, ...]]
@@ -75,6 +76,12 @@ def floor(shapes: Shapes, plain_ms: float, device: torch.device) -> float:
     return 1 + 1e3 * reading / plain_ms
 
 
+def begun(build: Build, shapes: Shapes, device: torch.device) -> float:
+    """Milliseconds until an optimizer is built and has taken its first step."""
+    parameters = parameters_of(shapes, device)
+    return 1e3 * seconds(lambda: build(parameters).step(), 1, device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each measurement (default: 15)")
@@ -104,6 +111,10 @@ def main() -> None:
                     + (f" | floor {figures['floor']:.2f}" if "floor" in figures else ""),
                     flush=True,
                 )
+    for case in args.cases:
+        for name, build, _ in installed([name for name in args.contenders if name in ("control", "manic")]):
+            times = [begun(build, CASES[case], args.device) for _ in range(args.rounds)]
+            print(f"{case:12} built, and the first step | {name:20} | {statistics.median(times):6.1f} ms", flush=True)
     write(args.json, args.device, results)
 
 
