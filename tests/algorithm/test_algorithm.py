@@ -295,7 +295,7 @@ def sums_of(*states: ParamState, difference: bool = True, scales: int = 1) -> to
 def test_what_counts_of_an_update() -> None:
     given = torch.tensor([math.nan, math.inf, -math.inf, 1e38, -2.0])
     one = a_state(5, param=nn.Parameter(given.clone()))
-    eager.Group([one], True, torch.zeros(5)).move(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    eager.Group([one], True, [torch.zeros(5)]).move(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert one.param.tolist() == pytest.approx([0, 0, 0, 1e38, -2])
 
 
@@ -508,7 +508,7 @@ def test_tensors_that_lie_in_different_orders_are_cut_alike_along_the_longest_di
 ) -> None:
     x = torch.zeros(shape)
     other = torch.zeros(shape[::-1]).permute(*range(len(shape))[::-1])
-    pieces = list(eager.Group([a_state(1, param=nn.Parameter(x), grad=None, slot=other)], True, x).pieces())
+    pieces = list(eager.Group([a_state(1, param=nn.Parameter(x), grad=None, slot=other)], True, [x]).pieces())
     assert len(pieces) == x.numel() // eager.PIECE
     assert {one.param.shape for one in pieces} == {piece}
     for one in pieces:
@@ -520,11 +520,36 @@ def test_tensors_that_lie_in_different_orders_are_cut_alike_along_the_longest_di
 
 def test_pieces_of_what_is_small_or_not_dense() -> None:
     def sizes(t: torch.Tensor) -> list[torch.Size]:
-        return [piece.param.shape for piece in eager.Group([a_state(1, param=t, grad=t, slot=t)], True, t).pieces()]
+        return [piece.param.shape for piece in eager.Group([a_state(1, param=t, grad=t, slot=t)], True, [t]).pieces()]
 
     assert sizes(torch.zeros(0, 3)) == []
     assert sizes(torch.zeros(())) == [(1,)]
     assert sizes(torch.zeros(2 * eager.PIECE + 10)[::2]) == [(eager.PIECE,), (5,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_parameters_go_through_the_sweeps_together(dtype: torch.dtype) -> None:
+    """And end at the bits at which they end one by one. A large piece goes alone."""
+    sizes = (3, eager.TOGETHER - 5, 4, 0, eager.PIECE + 100, 7, 1)
+    motion, runs = torch.tensor([-0.25, 0.5, 0.125, 0.375]), []
+    for together in (True, False):
+        states = [a_state(n, dtype) for n in sizes]
+        for state in states:
+            state.slot = torch.linspace(-1, 1, state.slot.numel()).view_as(state.slot)
+        groups = [eager.Group(states, True)] if together else [eager.Group([state], True) for state in states]
+        if together:
+            groups[0].measure()
+            counts = [[piece.param.numel() for piece in batch] for batch in groups[0].batches()]
+            assert counts == [[3, eager.TOGETHER - 5], [4], [eager.PIECE], [100, 7, 1]]
+        sums = torch.cat([group.measure() for group in groups]).double().sum(0)
+        for state in states:
+            state.param.detach().add_(state.param.detach().roll(1), alpha=0.125)
+        found = torch.stack([part for group in groups for part in group.move(motion)]).double().sum(0)
+        runs.append((sums, found, [t for one in states for t in (one.param, one.slot, one.rest) if t is not None]))
+    for one, two in zip(*[tensors for _, _, tensors in runs], strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(runs[0][:2], runs[1][:2], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("other", ["g", "slot", "rest"])

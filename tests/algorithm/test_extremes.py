@@ -161,7 +161,7 @@ def test_pieces_of_a_tensor_of_2_31_elements(device: str) -> None:
     """They are views: of a tensor without memory, and of one element that is shown as many."""
     t = torch.empty(MANY, device="meta") if device == "meta" else torch.zeros(1).expand(MANY)
     begin = 0
-    for piece in Group([ParamState(t, None, 1.0, 0, t)], True, t).pieces():
+    for piece in Group([ParamState(t, None, 1.0, 0, t)], True, [t]).pieces():
         for part in (piece.param, piece.slot, piece.before):
             assert part.storage_offset() == (begin if device == "meta" else 0)
             assert 0 < part.numel() <= PIECE

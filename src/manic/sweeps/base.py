@@ -53,10 +53,10 @@ class Table(Group, ABC):
         """Begin a step: make the table anew if anything lies elsewhere than in the last one."""
         self.moved.value, self._instead = 0, []
         if self._aside is None:
-            self._aside = torch.empty(self._room, dtype=self.first.param.dtype, device=self.device)
+            self._aside = [torch.empty(self._room, dtype=self.first.param.dtype, device=self.device)]  # one for all
         columns = [self._params, column(self.states, "grad"), *self._kept]
         addresses = [[*map(Tensor.data_ptr, tensors)] for tensors in columns]
-        start, width = self._aside.data_ptr(), self._aside.element_size()
+        start, width = self._aside[0].data_ptr(), self._aside[0].element_size()
         addresses.insert(3, [start + width * place for place in self._places])
         if addresses != self._addresses:
             self._addresses = []  # until the table is whole: an interrupt may come in between
@@ -77,7 +77,7 @@ class Table(Group, ABC):
         """As that of a Group, which does it if the base has put x into other memory than the table says."""
         if not self._instead and [*map(Tensor.data_ptr, self._params)] != self._addresses[0]:
             pairs = zip(self.states, self.before(), strict=True)
-            self._instead = [Group([state], self.difference, before) for state, before in pairs]
+            self._instead = [Group([state], self.difference, [before]) for state, before in pairs]
         if self._instead:
             return [found for group in self._instead for found in group.move(motion)]
         if not self.moved.value:
@@ -91,4 +91,4 @@ class Table(Group, ABC):
     def before(self) -> list[Tensor]:
         assert self._aside is not None
         slots = zip(column(self.states, "slot"), self._places, strict=True)
-        return [self._aside.as_strided(slot.shape, slot.stride(), place) for slot, place in slots]
+        return [self._aside[0].as_strided(slot.shape, slot.stride(), place) for slot, place in slots]

@@ -1,7 +1,7 @@
 """The sweeps in torch's own operations: for every kind of parameter, on every device.
 
-They take one parameter at a time, in cache-sized pieces. A piece is worked on in the dtype of the slot (float32, or
-float64 for float64 parameters).
+They take the parameters in cache-sized pieces, small ones together. A piece is worked on in the dtype of the slot
+(float32, or float64 for float64 parameters).
 
 A sweep knows no law and no variant. With y the slot, d = x - y (x_ref is kept) or d = y (Δ is kept), and a move is
 x += a·d + s·u and y += e·d + f·u.
@@ -19,6 +19,7 @@ from manic.parameters import ParamState, column, join, local, split
 
 COLUMNS = 5  # of what measure() yields: <d,g>, <d,x>, ‖g‖², ‖x‖², ‖d‖²
 PIECE = 64 * 1024  # elements: some float32 pieces fit in a core's L2 cache, and a float32 sum keeps its digits
+TOGETHER = PIECE // 2  # elements of small parameters, which are copied into one tensor
 
 
 class Piece(NamedTuple):
@@ -35,26 +36,26 @@ class Group:
     """Parameters that the sweeps take together: alike in layout, learned scale, dtypes and device.
 
     Args:
-        states: the parameters; one, unless a subclass takes several.
+        states: the parameters; one alone, if its gradient is sparse.
         difference: the slot is x_ref, and d = x - x_ref. False: the slot is Δ, which is d.
-        aside: x_t, where it has been put aside already.
+        aside: x_t of each, where it has been put aside already.
     """
 
-    def __init__(self, states: Sequence[ParamState], difference: bool, aside: Tensor | None = None) -> None:
+    def __init__(self, states: Sequence[ParamState], difference: bool, aside: list[Tensor] | None = None) -> None:
         self.states, self.first, self.difference, self._aside = states, states[0], difference, aside
         self.numel = sum(slot.numel() for slot in column(states, "slot"))  # of this process's elements
         self.members = sum(state.member for state in states)
-        # By piece, as far as a move has come: what is still to be written where, and what it yields.
+        # By batch, as far as a move has come: what is still to be written where, and what it yields.
         self._moves: list[tuple[list[tuple[Tensor, Tensor]], Tensor]] = []
 
     def measure(self) -> Tensor:
         """Put x_t aside, and sum up every piece, and the rows of a sparse gradient: [n, COLUMNS]."""
         self._moves = []
-        param = local(self.first.param).detach()
+        params = [param.detach() for param in column(self.states, "param")]
         if self._aside is None:
-            self._aside = torch.empty_like(param)
-        self._aside.copy_(param)
-        sums = [value for piece in self.pieces() for value in _measure(piece, self.difference)]
+            self._aside = [torch.empty_like(param) for param in params]
+        torch._foreach_copy_(self._aside, params)
+        sums = [value for batch in self.batches() for value in _measure(_joined(batch), self.difference)]
         none = local(self.first.slot).new_zeros((), dtype=torch.float32)
         found = torch.stack(sums or [none] * COLUMNS).view(-1, COLUMNS)
         if self.first.grad is not None and self.first.grad.is_sparse:
@@ -75,9 +76,9 @@ class Group:
         It may be interrupted anywhere, and the next call completes it: what is to be written is worked out first, and
         to write it twice does no harm.
         """
-        for i, piece in enumerate(self.pieces()):
+        for i, batch in enumerate(self.batches()):
             if i == len(self._moves):
-                self._moves.append(_move(piece, self.difference, motion))
+                self._moves.append(_move(batch, self.difference, motion))
             writes, _ = self._moves[i]
             if writes:
                 torch._foreach_copy_([place for place, _ in writes], [value for _, value in writes])
@@ -97,16 +98,39 @@ class Group:
 
     def pieces(self) -> Iterator[Piece]:
         """All elements, in the same pieces in every call."""
-        one = self.first
-        grad = one.grad if one.grad is not None and not one.grad.is_sparse else None
-        tensors = {"param": one.param, "slot": one.slot, "rest": one.rest, "grad": grad}
-        present = {name: local(t).detach() for name, t in tensors.items() if t is not None}
-        yield from _cut_up(**present, before=self.before()[0])
+        for one, before in zip(self.states, self.before(), strict=True):
+            grad = one.grad if one.grad is not None and not one.grad.is_sparse else None
+            tensors = {"param": one.param, "slot": one.slot, "rest": one.rest, "grad": grad}
+            present = {name: local(t).detach() for name, t in tensors.items() if t is not None}
+            yield from _cut_up(**present, before=before)
+
+    def batches(self) -> Iterator[list[Piece]]:
+        """The pieces, the small ones together: each operation of torch has its price, for however few elements."""
+        batch: list[Piece] = []
+        room = TOGETHER
+        for piece in self.pieces():
+            size = piece.param.numel() if piece.param.dim() == 1 else PIECE
+            if batch and size > room:
+                yield batch
+                batch, room = [], TOGETHER
+            batch.append(piece)
+            room -= size
+        if batch:
+            yield batch
 
     def before(self) -> list[Tensor]:
         """x_t of each parameter, as it was put aside: views."""
         assert self._aside is not None
-        return [self._aside]
+        return self._aside
+
+
+def _joined(batch: list[Piece]) -> Piece:
+    """A batch as one piece; of several, a copy."""
+    if len(batch) == 1:
+        return batch[0]
+    fields: Any = zip(*batch, strict=True)
+    whole: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in fields]
+    return Piece(*whole)
 
 
 def _measure(piece: Piece, difference: bool) -> list[Tensor]:
@@ -134,8 +158,9 @@ def _measure_rows(state: ParamState, difference: bool) -> Tensor:
     return sums
 
 
-def _move(piece: Piece, difference: bool, motion: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _move(batch: list[Piece], difference: bool, motion: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Work out what to write where; and ‖u‖², and ‖d‖² where x is left: [2]."""
+    piece = _joined(batch)
     x_delta, x_update, slot_delta, slot_update = motion
     dtype = piece.slot.dtype
     u = (piece.param.to(dtype) - piece.before).nan_to_num_(0.0, 0.0, 0.0)  # 0 where it is not finite
@@ -151,8 +176,13 @@ def _move(piece: Piece, difference: bool, motion: Tensor) -> tuple[list[tuple[Te
     found = torch.stack([update_sq, torch.dot(row, row)])
     del row
     stored, rest = split(moved, piece.param.dtype)
-    pairs = ((piece.param, stored), (piece.slot, slot), (piece.rest, rest))
-    return [(place, value) for place, value in pairs if place is not None and value is not None], found
+    writes: list[tuple[Tensor, Tensor]] = []
+    for name, whole in (("param", stored), ("slot", slot), ("rest", rest)):
+        if whole is not None and getattr(piece, name) is not None:
+            places = [getattr(one, name) for one in batch]
+            parts = [whole] if len(batch) == 1 else torch.split(whole, [place.numel() for place in places])
+            writes += zip(places, parts, strict=True)
+    return writes, found
 
 
 def _row(t: Tensor) -> Tensor:
@@ -168,8 +198,9 @@ def _cut_up(**tensors: Tensor) -> Iterator[Piece]:
     the longest dimension until the pieces are small.
     """
     views = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors.values()]
-    order = sorted(range(views[0].dim()), key=views[0].stride, reverse=True)
-    views = [t.permute(order) for t in views]
+    if not all(t.is_contiguous() for t in views):
+        order = sorted(range(views[0].dim()), key=views[0].stride, reverse=True)
+        views = [t.permute(order) for t in views]
     parts = [[t.view(-1) for t in views] if all(t.is_contiguous() for t in views) else views]
     while parts:
         part = parts.pop()

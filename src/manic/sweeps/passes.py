@@ -116,21 +116,24 @@ class Passes:
 
 
 def grouped(states: Sequence[ParamState], difference: bool = True, kernels: Choice = lambda _: None) -> list[Group]:
-    """The parameters that `kernels` of their device can take, all of a kind together; each of the others by itself."""
+    """The parameters of a kind together: in a table, if `kernels` of their device can take them. Those with a sparse
+    gradient each by itself."""
     alone: list[Group] = []
-    tables: dict[Any, tuple[type[Table], list[ParamState]]] = {}
+    tables: dict[Any, tuple[type[Group], list[ParamState]]] = {}
     for state in states:
         assert state.grad is not None
         param, grad, slot = map(local, (state.param, state.grad, state.slot))
-        others = [slot] if state.rest is None else [slot, local(state.rest)]
-        here = None if grad.is_sparse or slot.is_complex() else kernels(slot.device)
-        fits = here is not None and param.dtype in here.dtypes and slot.dtype == wide(param.dtype)
-        if here is not None and fits and _alike(param, grad, *others):
-            kind = state.index, state.sign, state.entering, state.layout, slot.device, param.dtype
-            tables.setdefault(kind, (here, []))[1].append(state)
-        else:
+        if grad.is_sparse:
             alone.append(Group([state], difference))
-    return [*alone, *(here(group, difference) for here, group in tables.values())]
+            continue
+        others = [slot] if state.rest is None else [slot, local(state.rest)]
+        here = None if slot.is_complex() else kernels(slot.device)
+        fits = here is not None and param.dtype in here.dtypes and slot.dtype == wide(param.dtype)
+        take = here if here is not None and fits and _alike(param, grad, *others) else Group
+        learned = state.index, state.sign, state.entering, state.layout
+        kind = take, learned, slot.device, param.dtype, slot.dtype, grad.dtype
+        tables.setdefault(kind, (take, []))[1].append(state)
+    return [*alone, *(take(group, difference) for take, group in tables.values())]
 
 
 def _alike(x: Tensor, g: Tensor, *others: Tensor) -> bool:
