@@ -49,7 +49,7 @@ def native() -> type[Native] | None:
         Native.library = ctypes.CDLL(str(Path(__file__).with_name(f"native-{level}.so")))
     except OSError as error:
         warn(
-            f"manic has no C++ sweeps here ({error}): on the CPU its steps take 3 to 8 times as long. Install a C++ "
+            f"manic has no C++ sweeps here ({error}): on the CPU its steps take 3 to 4 times as long. Install a C++ "
             "compiler (g++ or clang++), uninstall manic, and install it again with pip's --no-cache-dir"
         )
         return None
