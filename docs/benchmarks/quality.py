@@ -698,6 +698,9 @@ def horizon(found: Excess, path: Path) -> None:
         for name in (name for name in looks if name in by_name):
             panel.plot(*zip(*sorted(by_name[name]), strict=True), marker=".", color=looks[name], label=name)
         panel.set_xscale("log")
+        steps = sorted({step for points in by_name.values() for step, _ in points})
+        panel.set_xticks(steps, [f"{step:,}" for step in steps])
+        panel.minorticks_off()
         panel.set_title(f"{model}, {schedule} lr", loc="left", fontsize=10)
         panel.set_xlabel("steps")
         panel.spines[["top", "right"]].set_visible(False)
