@@ -123,7 +123,7 @@ def _attributes(values: dict[str, Any], left_out: dict[str, str]) -> dict[str, A
                 kept[name] = _attributes(value, left_out)
             else:
                 kept[name] = [one if one is None else _attributes(one, left_out) for one in value]
-        except (TypeError, RecursionError):
+        except (TypeError, AttributeError, RecursionError):
             left_out[name] = type(value).__name__
     return kept
 

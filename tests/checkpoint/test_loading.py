@@ -186,6 +186,17 @@ class Held(schedulers.LRScheduler):
         return [lr * self.trainer(self.last_epoch) for lr in self.base_lrs]
 
 
+class Both(schedulers.LRScheduler):
+    """A schedule of a user that is made of others, and does not know how to save them."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._schedulers = [schedulers.ExponentialLR(optimizer, 1.0)]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        return [lr * 0.9**self.last_epoch for lr in self.base_lrs]
+
+
 def in_a_row(base: Any) -> schedulers.LRScheduler:
     parts = [schedulers.LambdaLR(base, Trainer()), schedulers.CyclicLR(base, 0.1, 0.2, scale_fn=Trainer())]
     return schedulers.SequentialLR(base, parts, milestones=[3])
@@ -198,8 +209,9 @@ def in_a_row(base: Any) -> schedulers.LRScheduler:
         (lambda base: schedulers.MultiplicativeLR(base, Trainer()), {"lock", "model"}),
         (in_a_row, {"lock", "model"}),
         (Held, {"trainer"}),
+        (Both, {"_schedulers"}),
     ],
-    ids=["LambdaLR", "MultiplicativeLR", "SequentialLR", "of a user"],
+    ids=["LambdaLR", "MultiplicativeLR", "SequentialLR", "of a user", "of others"],
 )
 def test_what_a_schedule_holds_that_no_checkpoint_can(build: Any, left_out: set[str]) -> None:
     def one() -> Pair:
