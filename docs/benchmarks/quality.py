@@ -259,6 +259,7 @@ class Contender:
     schedules: tuple[str, ...] = SCHEDULES
     dtype: torch.dtype = torch.float32  # of the parameters
     rule: tuple[tuple[str, Any], ...] = ()  # constants and functions of manic.scale_free, other than they are
+    sparse: bool = True  # whether it takes sparse gradients
 
     def usual(self, lr: float) -> bool:
         """Whether its users would give this base lr. The others show what the base lr does."""
@@ -312,8 +313,10 @@ CONTENDERS: dict[str, Contender] = {
     "manic, chain per group": Contender("manic", ("Muon + AdamW",), (USUAL,), manic(per_group=True)),
     "manic, two Mechanics": Contender("manic", ("Muon + AdamW",), (USUAL,), two_mechanics),
     "manic, paper": Contender("manic", ONE, FAR_LR, manic(variant="paper")),
-    "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors),
-    "optax mechanize": Contender("optax", SHORT, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run)),
+    "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors, sparse=False),
+    "optax mechanize": Contender(
+        "optax", SHORT, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run), sparse=False
+    ),
     "Prodigy": Contender(
         "prodigyopt",
         ("AdamW",),
@@ -329,9 +332,9 @@ CONTENDERS: dict[str, Contender] = {
         lambda m, model, run: ScheduleFree(m.ProdigyPlusScheduleFree(model.parameters(), weight_decay=0.01), run),
         ("constant",),
     ),
-    "D-Adaptation": Contender("dadaptation", ("SGD", "momentum", "AdamW", "Lion"), (1.0,), dadaptation),
-    "DoG": Contender("dog", ("SGD",), (1.0,), dog("DoG")),
-    "LDoG": Contender("dog", ("SGD",), (1.0,), dog("LDoG")),
+    "D-Adaptation": Contender("dadaptation", ("SGD", "momentum", "AdamW", "Lion"), (1.0,), dadaptation, sparse=False),
+    "DoG": Contender("dog", ("SGD",), (1.0,), dog("DoG"), sparse=False),
+    "LDoG": Contender("dog", ("SGD",), (1.0,), dog("LDoG"), sparse=False),
     "ScheduleFree": Contender(
         "schedulefree",
         ("AdamW",),
@@ -444,6 +447,8 @@ def planned(cells: list[Run], contenders: Iterable[str], quick: bool) -> list[Ru
         if cell.base not in contender.bases or not {falling, cell.schedule} & {*contender.schedules}:
             continue
         if importlib.util.find_spec(contender.module) is None:
+            continue
+        if not contender.sparse and cell.task == "trigrams, sparse":
             continue
         if name == "plain" and TASKS[cell.task].family != "short":  # the figure's
             continue
