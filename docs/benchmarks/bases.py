@@ -112,15 +112,15 @@ def fault(kind: Any, wrap: Wrap, bias: bool = True) -> tuple[str, str]:
         what = "does not train"
         first = train(model, optimizer, range(1))
         train(model, optimizer, range(1, SAVED_AT))
+        one = network(bias)
+        whole = wrap(built(kind, one))
+        last = train(one, whole, range(STEPS))
+        losses = f"{first:.2f} to {last:.2f}"
         for what, carry in (("does not resume", by_file), ("does not pass torch.distributed.checkpoint", by_names)):
             fresh = network(bias)
             other = wrap(built(kind, fresh))
             carry(model, optimizer, fresh, other)
             train(fresh, other, range(SAVED_AT, STEPS))
-            one = network(bias)
-            whole = wrap(built(kind, one))
-            last = train(one, whole, range(STEPS))
-            losses = f"{first:.2f} to {last:.2f}"
             if not all(map(torch.equal, fresh.parameters(), one.parameters())):
                 return f"{what}: ends at other bits", losses
             if isinstance(whole, Mechanic) and not last < FALLS * first:

@@ -168,7 +168,7 @@ class Learner:
 
     def _keep_quiet(self, passes: Passes, new: list[TunerState], ok: Tensor) -> None:
         """Give the base gradients of 0 where no update may follow."""
-        counts = ok & (field_of(new, "outliers") == self.read("outliers"))
+        counts = ok & (torch.stack([state.outliers for state in new]) == self.read("outliers"))
         if not on_host(counts) or known_false(counts):
             passes.discard(counts)
 
@@ -225,13 +225,12 @@ class Learner:
 
     def tuners(self) -> list[TunerState]:
         """The state of every learned scale: one, or one per group; live views."""
-        return stored(self.base.groups, self.record.options)
+        options = self.record.options
+        return [TunerState.unpack(flat, len(options.memories)) for flat in _flats(self.base.groups, options)]
 
     def read(self, field: str) -> Tensor:
         """A 0-d field of every learned scale: [k], a copy."""
-        options = self.record.options
-        place = TunerState.place(field, len(options.memories))
-        return torch.stack([flat[place] for flat in _flats(self.base.groups, options)])
+        return stored_field(self.base.groups, self.record.options, field)
 
     @disable_dynamo
     def _forget_rehearsal(self) -> None:
@@ -368,14 +367,10 @@ def _flats(groups: Sequence[dict[str, Any]], options: Options) -> list[Tensor]:
     return [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
 
 
-def stored(groups: Sequence[dict[str, Any]], options: Options) -> list[TunerState]:
-    """The state of every learned scale that param groups hold: one, or one per group; live views."""
-    return [TunerState.unpack(flat, len(options.memories)) for flat in _flats(groups, options)]
-
-
-def field_of(tuners: Sequence[TunerState], name: str) -> Tensor:
-    """A 0-d field of every learned scale: [k], a copy."""
-    return torch.stack([getattr(tuner, name) for tuner in tuners])
+def stored_field(groups: Sequence[dict[str, Any]], options: Options, name: str) -> Tensor:
+    """A 0-d field of every learned scale that param groups hold: [k], a copy."""
+    place = TunerState.place(name, len(options.memories))
+    return torch.stack([flat[place] for flat in _flats(groups, options)])
 
 
 def fresh_state(options: Options, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch.optim import ASGD, LBFGS, Adafactor, Optimizer, Rprop
 
 from manic.chains import members, params_of, with_members
 from manic.diagnostics import callers
-from manic.parameters import KEPT, local
+from manic.parameters import KEPT, corner, local
 
 UNPROPORTIONAL = (Rprop, ASGD, Adafactor)  # docs/bases.md explains
 WATCHED = 8  # parameters of an optimizer that are compared with its state
@@ -122,7 +122,7 @@ class Look:
                     hooks.move_to_end(self._handles[-1].id, last=last)
             if one in members(base):
                 stepped = (p for p in params_of(one) if p.grad is not None and not p.is_meta)
-                self._before |= islice(((p, c) for p in stepped if _varied(c := _corner(p).clone())), WATCHED)
+                self._before |= islice(((p, c) for p in stepped if _varied(c := corner(p).clone())), WATCHED)
                 self._handles.append(one.register_step_post_hook(self._search))
 
     def end(self) -> None:
@@ -145,12 +145,12 @@ class Look:
     def _search(self, one: Optimizer, *_: object) -> None:
         """At the end of the base's step."""
         for p in [p for p in params_of(one) if p in self._before]:
-            before, after = self._before[p], _corner(p)
+            before, after = self._before[p], corner(p)
             for key, value in one.state.get(p, {}).items():
                 like = isinstance(value, Tensor) and value.shape == p.shape and key not in KEPT
                 if like and type(local(value)) in (Tensor, Parameter) and value.layout is torch.strided:
-                    corner = _corner(value).to(before)
-                    if torch.equal(corner, before) or torch.equal(corner, after):
+                    kept = corner(value).to(before)
+                    if torch.equal(kept, before) or torch.equal(kept, after):
                         self.found.append(
                             f"{type(one).__name__} keeps a copy of the parameters in its state, {key!r}, which the "
                             "Mechanic does not move with them. Whatever is computed from this copy is wrong: if the "
@@ -166,10 +166,6 @@ def _capturing() -> bool:
 
 def _sum(p: Tensor) -> str:
     return str(local(p).detach().sum(dtype=torch.promote_types(p.dtype, torch.float64)).item())
-
-
-def _corner(t: Tensor) -> Tensor:
-    return local(t).detach()[(slice(2),) * t.dim()]
 
 
 def _varied(t: Tensor) -> bool:

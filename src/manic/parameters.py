@@ -72,6 +72,11 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
+def corner(t: Tensor) -> Tensor:
+    """The first two elements of this process's part in each dimension: a view."""
+    return local(t).detach()[(slice(2),) * t.dim()]
+
+
 def column(states: Sequence[ParamState], name: str) -> list[Tensor]:
     """This process's parts of one field ("param", "grad", "slot", …) of parameters of one layout."""
     tensors = [getattr(state, name) for state in states]

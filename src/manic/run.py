@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo as disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from manic.algorithm import Frozen, Learner, field_of, fresh_state, on_host, stored
+from manic.algorithm import Frozen, Learner, fresh_state, on_host, stored_field
 from manic.bases import Look, check_params, hidden
 from manic.checkpoint import loading
 from manic.checkpoint.record import Record
@@ -111,7 +111,7 @@ class Run:
         """A 0-d field of every learned scale: [k], a copy. Without any param group: one 0."""
         if not self.groups:
             return fresh_state(self.record.options, self.device)[:1]
-        return field_of(stored(self.groups, self.record.options), field)
+        return stored_field(self.groups, self.record.options, field)
 
     def snapshot(self) -> Snapshot:
         """Copy what the run knows to the host. One sync."""

@@ -17,7 +17,7 @@ from torch.optim import Adafactor, Optimizer, SparseAdam
 
 from manic.chains import owners, params_of
 from manic.checkpoint.record import Record, is_plain
-from manic.parameters import KEPT, REST, RESTS, SLOT, layout_of, local, lr_of, shards
+from manic.parameters import KEPT, REST, RESTS, SLOT, corner, layout_of, local, lr_of, shards
 from manic.schedules import IN_A_GROUP, PER_GROUP
 from manic.tuner import Options, TunerState
 
@@ -291,7 +291,7 @@ def _step_a_stand_in(one: Optimizer, group: dict[str, Any], p: Tensor, state: di
         KeyError: the state lacks something.
         Another of WRONG: an option or a value is broken.
     """
-    small = torch.nn.Parameter(torch.zeros_like(_corner(p)))
+    small = torch.nn.Parameter(torch.zeros_like(corner(p)))
     small.grad = torch.ones_like(small)
     if isinstance(one, SparseAdam):
         small.grad = small.grad.to_sparse()
@@ -301,7 +301,7 @@ def _step_a_stand_in(one: Optimizer, group: dict[str, Any], p: Tensor, state: di
     stand_in.param_groups[0].update({**group, "params": [small]})
     stand_in.state.clear()
     if state:
-        corners = {k: _corner(v).clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()}
+        corners = {k: corner(v).clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state.items()}
         stand_in.state[small] = corners
     step = type(one).step
     getattr(step, "__wrapped__", step)(stand_in)  # without the hooks that see every optimizer
@@ -310,7 +310,3 @@ def _step_a_stand_in(one: Optimizer, group: dict[str, Any], p: Tensor, state: di
             raise KeyError(name)
     if not bool(small.isfinite().all()):
         raise ArithmeticError("its updates are not finite")
-
-
-def _corner(t: Tensor) -> Tensor:
-    return local(t).detach()[(slice(2),) * t.dim()]

@@ -90,5 +90,5 @@ class Table(Group, ABC):
 
     def before(self) -> list[Tensor]:
         assert self._aside is not None
-        slots = zip(column(self.states, "slot"), self._places, strict=True)
+        slots = zip(self._kept[0], self._places, strict=True)
         return [self._aside[0].as_strided(slot.shape, slot.stride(), place) for slot, place in slots]

@@ -41,12 +41,6 @@ class Passes:
     ) -> None:
         self.states, self._layouts = states, layouts
         self.groups = grouped(states, difference, kernels)
-        alike: dict[Any, list[Group]] = {}
-        for group in self.groups:
-            one = group.first
-            kind = one.layout, one.index, one.sign, one.entering, one.slot.device, one.slot.dtype, type(group)
-            alike.setdefault(kind, []).append(group)
-        self._together = list(alike.values())  # those whose sums are added up at once
         self.moving = False  # whether a move has begun, so that the only way out is to complete it
 
     @disable_dynamo
@@ -62,16 +56,15 @@ class Passes:
         """
         self.moving = False
         sums = {layout: like.new_zeros(len(like), len(Sums._fields)) for layout in self._layouts}
-        for groups in self._together:
-            first = groups[0].first
-            found = torch.cat([group.measure() for group in groups]).to(like.dtype).sum(0).to(like.device)
-            row = sums[first.layout][first.index]
-            row[0] += first.sign * found[0]
+        for group in self.groups:
+            found = group.measure().to(like.dtype).sum(0).to(like.device)
+            row = sums[group.first.layout][group.first.index]
+            row[0] += group.first.sign * found[0]
             row[1:5] += found[1:]
-            if first.entering:
+            if group.first.entering:
                 row[ENTERED_SQ] += found[X_SQ]
-            row[NUMEL] += sum(group.numel for group in groups)
-            row[MEMBERS] += sum(group.members for group in groups)
+            row[NUMEL] += group.numel
+            row[MEMBERS] += group.members
         return list(sums.items())
 
     @disable_dynamo
@@ -95,11 +88,11 @@ class Passes:
         """
         self.moving = True
         totals = {layout: motion.new_zeros(len(motion), 2) for layout in self._layouts}
-        for groups in self._together:
-            first = groups[0].first
-            row = motion[first.index].to(device=first.slot.device, dtype=first.slot.dtype.to_real())
-            parts = [part for group in groups for part in group.move(row)]
-            totals[first.layout][first.index] += torch.stack(parts).to(motion.dtype).sum(0).to(motion.device)
+        for group in self.groups:
+            index, slot = group.first.index, group.first.slot
+            parts = group.move(motion[index].to(device=slot.device, dtype=slot.dtype.to_real()))
+            if parts:
+                totals[group.first.layout][index] += torch.stack(parts).to(motion.dtype).sum(0).to(motion.device)
         return totals
 
     @disable_dynamo
