@@ -113,7 +113,7 @@ def optimizers(run: Run, model: nn.Module) -> list[Any]:
 # Where each base's best lr may lie: half decades, from the first exponent to the last.
 GRIDS = {
     "SGD": (-3.0, 1.5),
-    "momentum": (-4.0, 1.0),
+    "momentum": (-5.0, 1.0),
     "AdamW": (-4.5, 0.0),
     "Lion": (-5.5, -1.0),
     "RMSprop": (-4.5, 0.0),
@@ -263,7 +263,7 @@ class Contender:
 
     def usual(self, lr: float) -> bool:
         """Whether its users would give this base lr. The others show what the base lr does."""
-        return lr == USUAL or len(self.lrs) <= 2
+        return lr == USUAL or len(self.lrs) == 1
 
 
 def chained(run: Run, model: nn.Module) -> Any:
@@ -304,18 +304,21 @@ def dog(name: str) -> Callable[[Any, nn.Module, Run], Stepper]:
 
 
 ALL = tuple(BASES)
-ONE = tuple(base for base in BASES if base != "Muon + AdamW")  # for what takes one class
 CONTENDERS: dict[str, Contender] = {
     "tuned": Contender("torch", ALL, (), plain),  # at the lrs of the base's grid
-    "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),  # for the figure
+    "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),
     "manic": Contender("manic", ALL, FAR_LR, manic()),
     "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
     "manic, chain per group": Contender("manic", ("Muon + AdamW",), (USUAL,), manic(per_group=True)),
     "manic, two Mechanics": Contender("manic", ("Muon + AdamW",), (USUAL,), two_mechanics),
-    "manic, paper": Contender("manic", ONE, FAR_LR, manic(variant="paper")),
-    "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1e-2, 1.0), authors, sparse=False),
+    "manic, paper": Contender("manic", ("AdamW",), FAR_LR, manic(variant="paper"), ("cosine",)),
+    "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1.0,), authors, sparse=False),
     "optax mechanize": Contender(
-        "optax", SHORT, (1e-2, 1.0), lambda _, m, run: Optax(list(m.parameters()), run), sparse=False
+        "optax",
+        SHORT,
+        (1.0,),
+        lambda _, m, run: Optax([p for p in m.parameters() if p.requires_grad], run),
+        sparse=False,
     ),
     "Prodigy": Contender(
         "prodigyopt",
@@ -380,11 +383,14 @@ ABLATION = {
 }
 CONTENDERS |= ABLATION
 
+# The contenders of the figure of e against the number of steps, and of the runs from LONG steps on; their colours.
+OVER_STEPS = {"manic": "#0b6e4f", "Prodigy": "#c2571a", "AdamW 1e-3": "#5b6474"}
+
 
 # The cells of --quick, and what e may be at most there: loose bounds, since one seed tells no more.
 QUICK = {
     **dict.fromkeys(product(("logreg", "MLP", "CNN"), ("momentum", "AdamW"), SCHEDULES), 0.25),
-    ("GPT 300", "AdamW", "constant"): 0.1,
+    ("GPT", "AdamW", "constant"): 0.1,
     ("tune GPT", "AdamW", "linear"): 0.05,
     ("LoRA GPT", "AdamW", "constant"): 0.05,
     ("logreg, batch 1", "SGD", "constant"): 0.1,
@@ -450,7 +456,9 @@ def planned(cells: list[Run], contenders: Iterable[str], quick: bool) -> list[Ru
             continue
         if not contender.sparse and cell.task == "trigrams, sparse":
             continue
-        if name == "plain" and TASKS[cell.task].family != "short":  # the figure's
+        if name in ("plain", "manic, paper") and TASKS[cell.task].family != "short":  # they are for the figure
+            continue
+        if cell.steps >= LONG and name not in {*OVER_STEPS, *ABLATION}:
             continue
         lrs = contender.lrs[:2] if quick else contender.lrs
         if USUAL in lrs and cell.steps >= LONG:
@@ -609,8 +617,7 @@ def by_family(found: Excess, soon: Excess) -> str:
             there = mean_and_worst(found.get(("manic", USUAL), {}), mine) if name != "manic" else ""
             shares = [share for cell in mine for share in soon[name, lr][cell]]
             when = ", ".join(f"{x:.2f}" if x <= 1 else "–" for x in (statistics.median(shares), max(shares)))
-            label = name if len(CONTENDERS[name].lrs) != 2 else f"{name}, lr {lr:g}"
-            lines.append(f"| {family} | {label} | {len(mine)} | {mean_and_worst(at, mine)} | {there} | {when} |")
+            lines.append(f"| {family} | {name} | {len(mine)} | {mean_and_worst(at, mine)} | {there} | {when} |")
     return "\n".join(lines)
 
 
@@ -634,13 +641,18 @@ def spread(found: Excess, name: str) -> float:
     return max((max(values) - min(values) for values in by_cell.values()), default=math.nan)
 
 
-def chart(rows: list[Row], path: Path) -> None:
-    """Final loss against base lr, AdamW with warm-up and cosine, one panel per task."""
+def pyplot() -> Any:
+    """matplotlib, which needs no screen."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def chart(rows: list[Row], path: Path) -> None:
+    """Final loss against base lr, AdamW with warm-up and cosine, one panel per task."""
     looks = {
         "plain": ("AdamW", "#5b6474", "-"),
         "manic, paper": ("manic, the published method", "#b0b7c3", "--"),
@@ -651,6 +663,7 @@ def chart(rows: list[Row], path: Path) -> None:
     if not tasks:
         return
     columns = min(3, len(tasks))
+    plt = pyplot()
     figure, panels = plt.subplots(-(-len(tasks) // columns), columns, figsize=(3.6 * columns, 6), squeeze=False)
     for panel in panels.flat[len(tasks) :]:
         panel.set_visible(False)
@@ -681,27 +694,23 @@ def chart(rows: list[Row], path: Path) -> None:
 
 def horizon(found: Excess, path: Path) -> None:
     """e against the number of steps, one panel per model and schedule."""
-    tasks = [task for task in TASKS if TASKS[task].family == "horizon"]
-    looks = {"manic": "#0b6e4f", "Prodigy": "#c2571a", "AdamW 1e-3": "#5b6474", "manic, paper": "#b0b7c3"}
     lines: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
     for (name, lr), cells in found.items():
-        for (task, _, schedule, _), es in cells.items():
-            if task in tasks and name in looks and CONTENDERS[name].usual(lr):
-                at = lines.setdefault((task.split()[0], schedule), {}).setdefault(name, [])
+        for (task, base, schedule, _), es in cells.items():
+            model = task.split()[0]
+            shown = model in ("GPT", "LSTM") and base == "AdamW" and name in OVER_STEPS
+            if shown and CONTENDERS[name].usual(lr):
+                at = lines.setdefault((model, schedule), {}).setdefault(name, [])
                 at.append((TASKS[task].steps, statistics.fmean(es)))
     if not lines:
         return
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, len(lines), figsize=(3.2 * len(lines), 3.4), sharey=True, squeeze=False)
     for ((model, schedule), by_name), panel in zip(sorted(lines.items()), panels[0], strict=True):
         panel.axhline(0, color="#d0d4db", linewidth=1)
-        for name in (name for name in looks if name in by_name):
-            panel.plot(*zip(*sorted(by_name[name]), strict=True), marker=".", color=looks[name], label=name)
+        for name in (name for name in OVER_STEPS if name in by_name):
+            panel.plot(*zip(*sorted(by_name[name]), strict=True), marker=".", color=OVER_STEPS[name], label=name)
         panel.set_xscale("log")
         steps = sorted({step for points in by_name.values() for step, _ in points})
         panel.set_xticks(steps, [f"{step:,}" for step in steps])
@@ -710,8 +719,51 @@ def horizon(found: Excess, path: Path) -> None:
         panel.set_xlabel("steps")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("e: 0 is the best lr")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(looks), frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="upper center", ncols=len(OVER_STEPS), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def peers(found: Excess, path: Path) -> None:
+    """Mean and worst e of the others, family by family, beside manic on the same cells; more than 1 counts as 1."""
+    ours, least = found.get(("manic", USUAL), {}), -0.1
+    families: dict[str, dict[str, list[list[float]]]] = {task.family: {} for task in TASKS.values()}
+    for (name, lr), at in found.items():
+        if name.startswith(("manic", "plain")) or not CONTENDERS[name].usual(lr):
+            continue
+        for cell in (cell for cell in at if cell in ours):
+            two = families[TASKS[cell[0]].family].setdefault(name, [[], []])
+            two[0].append(statistics.fmean(ours[cell]))
+            two[1].append(statistics.fmean(at[cell]))
+    names = [name for name in reversed(CONTENDERS) if any(name in some for some in families.values())]
+    shown = [family for family, some in families.items() if some]
+    if not shown:
+        return
+    plt = pyplot()
+    rows = -(-len(shown) // 4)
+    size = (13, 1 + 3 * rows)
+    figure, panels = plt.subplots(rows, min(4, len(shown)), figsize=size, sharey=True, squeeze=False)
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    for family, panel in zip(shown, panels.flat, strict=False):
+        for name, two in families[family].items():
+            for es, colour, below in zip(two, ("#0b6e4f", "#c2571a"), (0.17, -0.17), strict=True):
+                y = names.index(name) - below
+                mean, worst = (min(max(es_of(es), least), 1.0) for es_of in (statistics.fmean, max))
+                panel.plot([mean, worst], [y, y], color=colour, linewidth=1.5)
+                panel.plot(mean, y, "o", color=colour, markersize=5)
+        panel.axvline(0, color="#d0d4db", linewidth=1, zorder=0)
+        panel.set_xlim(least - 0.02, 1.04)
+        panel.set_yticks(range(len(names)), names)
+        panel.set_title(family, loc="left", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("e: 0 is the best lr")
+    labels = {"#c2571a": "the other: mean, and a line to its worst cell", "#0b6e4f": "manic on the same cells"}
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=label) for colour, label in labels.items()]
+    figure.legend(handles=handles, loc="upper center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -769,6 +821,7 @@ def main() -> None:
     (args.out / ("ablation.md" if args.ablation else "table.md")).write_text(text, encoding="utf-8")
     chart(rows, args.out / "loss_against_lr.png")
     horizon(found, args.out / "horizon.png")
+    peers(found, args.out / "peers.png")
     faults = list(quick_check(found)) if args.quick else []
     sys.exit("\n".join(faults) if faults else 0)
 
