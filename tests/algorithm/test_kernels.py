@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -592,6 +593,30 @@ def test_two_runs_give_the_same_bits_on_any_number_of_threads() -> None:
     first = trained_on(1)
     for threads in (1, 2, 3, 40):
         assert same(first, trained_on(threads))
+
+
+@pytest.mark.parametrize("dtype", NATIVE, ids=str)
+def test_the_native_sums_do_not_depend_on_how_a_tensor_is_cut(dtype: torch.dtype) -> None:
+    """As processes cut it into shards: what the sums of floats would lose grows over a run, until nothing agrees."""
+    torch.manual_seed(0)
+    whole = a_state(torch.randn(150_001), dtype, torch.device("cpu"))
+    fields = ("param", "grad", "slot", "rest")
+    found = []
+    for cuts in ([150_001], [75_001, 75_000], [40_000, 3, 0, 70_000, 39_998]):
+        pieces = {name: getattr(whole, name).split(cuts) for name in fields if getattr(whole, name) is not None}
+        shards = [
+            replace(
+                whole, **{name: nn.Parameter(t) if name == "param" else t for name, t in zip(pieces, some, strict=True)}
+            )
+            for some in zip(*pieces.values(), strict=True)
+        ]
+        passes = passes_of(shards, native())
+        sums = passes.measure(torch.zeros(1, dtype=torch.float64))
+        found.append(sum(part for _, part in sums)[0, :5])
+    _, _, grad_sq, x_sq, delta_sq = found[0]
+    size = torch.stack([delta_sq * grad_sq, delta_sq * x_sq, grad_sq**2, x_sq**2, delta_sq**2]).sqrt()
+    for other in found[1:]:
+        assert ((other - found[0]).abs() <= 1e-14 * size).all()
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [70_000] * 9, [3 * 2**16, 1, 1, 1], [1] * 200], ids=str)

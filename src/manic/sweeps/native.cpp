@@ -16,8 +16,7 @@
 
 namespace {
 
-constexpr int64_t LAP = 4096;  // elements that are added up in W before the sum goes to a double
-constexpr int LANES = 16;      // sums beside each other: one or two vectors
+constexpr int LANES = 32;  // sums beside each other: some vectors, so that one need not wait for the other
 constexpr int64_t SHARE = 64 * 1024;  // elements that are worth another thread
 
 struct bfloat16 {
@@ -58,24 +57,31 @@ inline void put(float x, bfloat16* stored, int16_t* rest, int64_t k) {
     stored[k].bits = uint16_t(high | (bits >> 16 & 0x8000));
 }
 
-// Calls body(k, j) for every element k of a lap, j its lane, and before that first(k, n) for every n of them. Sums are
-// kept by lane, so that their order, and with it every bit, does not hang on how a compiler cuts a loop.
+// Sums by lane, so that their order, and with it every bit, does not hang on how a compiler cuts a loop. In double: what
+// a float holds of a sum would depend on how the tensor is cut into pieces, and so on the number of processes. What a W
+// cannot hold is infinite all the same: then the base's state, which is in W, could not hold it either.
+template <class W>
+struct Sum {
+    double lanes[LANES] = {};
+    void add(int j, double a, double b) { lanes[j] += a * b; }
+    double total() const {
+        double sum = 0;
+        for (double lane : lanes) sum += lane;
+        return std::fabs(sum) > std::numeric_limits<W>::max() ? std::numeric_limits<double>::infinity() : sum;
+    }
+};
+
+// Calls body(k, j) for every element k, j its lane, and before that first(k, n) for every n of them.
 template <class First, class Body>
-inline void by_lanes(int64_t lap, int64_t count, First first, Body body) {
-    const int64_t end = count < lap + LAP ? count : lap + LAP;
-    int64_t k = lap;
-    for (; k + LANES <= end; k += LANES) {
+inline void by_lanes(int64_t count, First first, Body body) {
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) {
         first(k, LANES);
 #pragma omp simd
         for (int j = 0; j < LANES; ++j) body(k + j, j);
     }
-    first(k, end - k);
-    for (int j = 0; k + j < end; ++j) body(k + j, j);
-}
-
-template <class W>
-inline void add_up(const W (&lanes)[LANES], double& sum) {
-    for (int j = 0; j < LANES; ++j) sum += lanes[j];
+    first(k, count - k);
+    for (int j = 0; k + j < count; ++j) body(k + j, j);
 }
 
 // Copies elements of x to x_t, past the caches: the base steps before they are read again, and a line that is written
@@ -87,7 +93,7 @@ inline void put_aside(const X* x, X* before, int64_t count) {
     char* to = reinterpret_cast<char*>(before);
     int64_t k = 0;
 #ifdef __SSE2__
-    for (; k + 16 <= size; k += 16) {  // torch aligns the buffer; tensors and laps begin at whole lines of it
+    for (; k + 16 <= size; k += 16) {  // torch aligns the buffer; tensors and pieces begin at whole lines of it
         const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k));
         _mm_stream_si128(reinterpret_cast<__m128i*>(to + k), some);
     }
@@ -108,23 +114,18 @@ void measure(const int64_t* row, double* sums) {
     const W* __restrict slot = reinterpret_cast<W*>(row[3]);
     X* __restrict before = reinterpret_cast<X*>(row[4]);
     const int16_t* __restrict rest = reinterpret_cast<int16_t*>(row[5]);
-    const int64_t count = row[0];
-    double delta_grad = 0, delta_x = 0, grad_sq = 0, x_sq = 0, delta_sq = 0;
-    for (int64_t lap = 0; lap < count; lap += LAP) {
-        W dg[LANES] = {}, dx[LANES] = {}, gg[LANES] = {}, xx[LANES] = {}, dd[LANES] = {};
-        const auto aside = [=](int64_t k, int64_t n) { put_aside(x + k, before + k, n); };
-        by_lanes(lap, count, aside, [&](int64_t k, int j) {
-            const W xk = join(x[k], rest, k), gk = wide(g[k]), dk = DIFFERENCE ? xk - slot[k] : slot[k];
-            dg[j] += dk * gk;
-            dx[j] += dk * xk;
-            gg[j] += gk * gk;
-            xx[j] += xk * xk;
-            dd[j] += dk * dk;
-        });
-        add_up(dg, delta_grad), add_up(dx, delta_x), add_up(gg, grad_sq), add_up(xx, x_sq), add_up(dd, delta_sq);
-    }
+    Sum<W> delta_grad, delta_x, grad_sq, x_sq, delta_sq;
+    const auto aside = [=](int64_t k, int64_t n) { put_aside(x + k, before + k, n); };
+    by_lanes(row[0], aside, [&](int64_t k, int j) {
+        const W xk = join(x[k], rest, k), gk = wide(g[k]), dk = DIFFERENCE ? xk - slot[k] : slot[k];
+        delta_grad.add(j, dk, gk);
+        delta_x.add(j, dk, xk);
+        grad_sq.add(j, gk, gk);
+        x_sq.add(j, xk, xk);
+        delta_sq.add(j, dk, dk);
+    });
     flush();
-    const double found[] = {delta_grad, delta_x, grad_sq, x_sq, delta_sq};
+    const double found[] = {delta_grad.total(), delta_x.total(), grad_sq.total(), x_sq.total(), delta_sq.total()};
     std::memcpy(sums, found, sizeof found);
 }
 
@@ -136,28 +137,23 @@ void move(const int64_t* row, const W* by, double* sums) {
     W* __restrict slot = reinterpret_cast<W*>(row[3]);
     const X* __restrict before = reinterpret_cast<X*>(row[4]);
     int16_t* __restrict rest = reinterpret_cast<int16_t*>(row[5]);
-    const int64_t count = row[0];
     // y + 1*(x - y) is to be x itself, as torch.lerp has it: the difference may have lost the digits of x.
     const bool from_x = DIFFERENCE && by[2] >= W(0.5);
     const W x_delta = by[0], x_update = by[1], slot_delta = from_x ? by[2] - 1 : by[2], slot_update = by[3];
-    double update_sq = 0, left_sq = 0;
-    for (int64_t lap = 0; lap < count; lap += LAP) {
-        W uu[LANES] = {}, dd[LANES] = {};
-        by_lanes(lap, count, [](int64_t, int64_t) {}, [&](int64_t k, int j) {
-            const W moved = wide(x[k]) - wide(before[k]), here = join(before[k], rest, k);
-            const W u = std::fabs(moved) <= std::numeric_limits<W>::max() ? moved : W(0);
-            const W y = slot[k], d = DIFFERENCE ? here - y : y;
-            const W there = std::fma(u, x_update, std::fma(d, x_delta, here));
-            const W kept = std::fma(u, slot_update, std::fma(d, slot_delta, from_x ? here : y));
-            put(there, x, rest, k);
-            slot[k] = kept;
-            const W left = DIFFERENCE ? there - kept : kept;
-            uu[j] += u * u;
-            dd[j] += left * left;
-        });
-        add_up(uu, update_sq), add_up(dd, left_sq);
-    }
-    sums[0] = update_sq, sums[1] = left_sq;
+    Sum<W> update_sq, left_sq;
+    by_lanes(row[0], [](int64_t, int64_t) {}, [&](int64_t k, int j) {
+        const W moved = wide(x[k]) - wide(before[k]), here = join(before[k], rest, k);
+        const W u = std::fabs(moved) <= std::numeric_limits<W>::max() ? moved : W(0);
+        const W y = slot[k], d = DIFFERENCE ? here - y : y;
+        const W there = std::fma(u, x_update, std::fma(d, x_delta, here));
+        const W kept = std::fma(u, slot_update, std::fma(d, slot_delta, from_x ? here : y));
+        put(there, x, rest, k);
+        slot[k] = kept;
+        const W left = DIFFERENCE ? there - kept : kept;
+        update_sq.add(j, u, u);
+        left_sq.add(j, left, left);
+    });
+    sums[0] = update_sq.total(), sums[1] = left_sq.total();
 }
 
 // Calls body(i) for every piece. Each thread takes about the same number of elements, in pieces beside each other; the
