@@ -15,6 +15,10 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"  # one torch for all: an open range may fetch gigabytes of CUDA
 TESTS = ("pytest", "pytest-cov", "pytest-xdist", "hypothesis")
 EXTRAS = ("matplotlib", "numpy", "triton; sys_platform == 'linux'")  # what some of the tests need
+ALONE = "not (agreement or distributed or frameworks)"  # the others have sessions of their own
+
+# Pythons and torches that are tried beside those of the constraints; the first torch is the oldest that is promised.
+VERSIONS = (("3.11", "2.6.0"), ("3.11", "2.9.1"), ("3.10", "2.13.0"), ("3.12", "2.13.0"), ("3.13", "2.13.0"))
 
 
 def install(session: nox.Session, *packages: str) -> None:
@@ -42,9 +46,32 @@ def tests(session: nox.Session) -> None:
         "--cov-fail-under",
         "95",
     )
-    alone = "not (agreement or distributed or frameworks)"  # the others have sessions of their own
-    default = ("-n", "2", "-m", alone, "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
+    default = ("-n", "2", "-m", ALONE, "--cov-report", "term-missing", *coverage, str(ROOT / "tests"))
     pytest(session, *(session.posargs or default))
+
+
+@nox.session
+@nox.parametrize("python,torch", VERSIONS)
+def versions(session: nox.Session, torch: str) -> None:
+    """The tests with another Python and another torch: `nox -s "versions(python='3.11', torch='2.6.0')"`. Downloads
+    gigabytes where pip finds no build for the CPU."""
+    session.install(f"torch=={torch}", ".", *TESTS, *EXTRAS)
+    pytest(session, *(session.posargs or ("-n", "2", "-m", ALONE, str(ROOT / "tests"))))
+
+
+@nox.session
+def exchange(session: nox.Session) -> None:
+    """Checkpoints that the oldest torch writes and the newest loads, and the other way round."""
+    out = Path(session.create_tmp()).resolve()
+    torches = (VERSIONS[0][1], VERSIONS[-1][1])
+    script = str(ROOT / "tests" / "support" / "exchange.py")
+    for what in ("write", "read"):
+        for torch, other in (torches, torches[::-1]):
+            python = str(out / torch / ("Scripts" if os.name == "nt" else "bin") / "python")
+            if what == "write":
+                session.run("python", "-m", "venv", "--clear", str(out / torch))
+                session.run(python, "-m", "pip", "install", "-q", f"torch=={torch}", "numpy", str(ROOT), external=True)
+            session.run(python, script, what, str(out / f"by-{torch if what == 'write' else other}"), external=True)
 
 
 @nox.session
@@ -118,6 +145,14 @@ def elastic(session: nox.Session) -> None:
     install(session, ".[demo]", "numpy")
     out = ROOT / "out" / "elastic"
     session.run("python", str(ROOT / "docs" / "examples" / "elastic.py"), "--out", str(out), *session.posargs)
+
+
+@nox.session
+def job(session: nox.Session) -> None:
+    """A job of 10,000 steps that is killed 20 times, and one that moves between 1, 2 and 4 processes: two hours."""
+    install(session, ".[demo]", "numpy")
+    script = str(ROOT / "tests" / "support" / "long_job.py")
+    session.run("python", script, str(ROOT / "out" / "job"), *session.posargs)
 
 
 @nox.session
