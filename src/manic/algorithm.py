@@ -30,6 +30,7 @@ from manic.tuner import (
     sqrt,
     where,
 )
+from manic.units import units
 from manic.wrapper import Closure, Inside
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Learner:
         The groups keep their ratios and the schedule. An update at lr about 1 is large enough for x_t + u_t - x_t to
         keep its digits.
         """
-        return [self.record.unit] * len(self.base.groups)
+        return units(self.base.groups, self.record.unit)
 
     def step(self, closure: Closure | None) -> bool:
         """Algorithm 1: x_t to x_{t+1}. False: the host saw a gradient that is not finite, and nothing has moved."""
@@ -141,8 +142,8 @@ class Learner:
             sums: as ``_measure()`` returns them.
             ok: whether the step counts, a 0-d bool on the tuner's device.
         """
-        options, unit = self.record.options, self.record.unit
-        rates = [lr_of(group, unit) / unit for group in self.base.groups]
+        options, groups, unit = self.record.options, self.base.groups, self.record.unit
+        rates = [lr_of(group, 1.0) / by for group, by in zip(groups, units(groups, unit), strict=True)]
         shared = [*zip(rates, strict=True)] if options.per_group else [rates]  # by the groups that share one scale
         if on_host(ok) and options.variant == "scale_free":
             return self._tune_on_host(sums, not known_false(ok), shared)
@@ -203,16 +204,18 @@ class Learner:
         return torch.stack(shares).sum(0).nan_to_num_(0.0, 0.0, 0.0)
 
     def _put(self, states: Sequence[ParamState]) -> None:
-        """Store the slots of the parameters that entered, now that the base has created its own state for them.
+        """Store the slots of the parameters that entered (or have changed their dtype), now that the base has created
+        its own state for them.
 
         In the order of the parameters, in which every rank gathers them.
         """
         slot = SLOT[self.record.options.variant]
-        for one in [one for one in states if one.entering or one.rest is not None]:
+        for one in [one for one in states if one.new]:
             kept = self.base.optimizer.state[one.param]
-            if one.entering:
-                kept[slot] = one.slot
-            if one.rest is not None and kept.get(REST) is not one.rest:
+            kept[slot] = one.slot
+            if one.rest is None:
+                kept.pop(REST, None)
+            else:
                 kept[REST] = one.rest
 
     def _store(self, tuners: list[TunerState]) -> None:
@@ -242,6 +245,8 @@ class Learner:
             elif p.grad is not None:
                 for key in KEPT:
                     state[p].pop(key, None)
+            else:  # it stays, so that every checkpoint has it; x may have been loaded since it was made
+                state[p].update(entry(p, self.record.options.variant))
 
     def enter(self, params: Sequence[Tensor]) -> None:
         """Give parameters their slots before the first step."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -76,13 +76,30 @@ def _check_kind(one: Optimizer) -> None:
         )
 
 
-def check_params(params: Sequence[Tensor]) -> None:
-    """Check that no parameter is given twice."""
+def check_params(base: Optimizer) -> None:
+    """Check that no parameter is given twice, and that each has its memory to itself, as plain numbers."""
+    params = list(params_of(base))
     if len({id(p) for p in params}) < len(params):
         raise ValueError(
             "a param group has a parameter twice, and the optimizer would step it twice: give each once. parameters() "
             "of the whole model does so, with tied weights too"
         )
+    places = []
+    for p in [local(p).detach() for p in params]:
+        if p.is_conj() or p.is_neg():
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a view that conjugates or negates what it reads, and a "
+                "Mechanic cannot write through it: give nn.Parameter(view.resolve_conj().resolve_neg())"
+            )
+        dense = p.layout is torch.strided and type(p) is Tensor and not p.is_meta
+        if dense and p.numel() and p.numel() == 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)):
+            places.append((str(p.device), p.data_ptr(), p.nbytes, tuple(p.shape)))
+    for (device, start, size, shape), (other, place, _, like) in pairwise(sorted(places)):
+        if device == other and start <= place < start + size and start:
+            raise ValueError(
+                f"two parameters, of shapes {shape} and {like}, share memory, so that each step of one would move the "
+                "other: tie weights by giving both modules the same nn.Parameter (a.weight = b.weight)"
+            )
 
 
 def hidden(base: Optimizer) -> Optimizer | None:

@@ -64,9 +64,9 @@ class Chain(Optimizer):
         """Those of all optimizers. One that was added later comes last, since schedulers count them."""
         live = list(concatenated.from_iterable(one.param_groups for one in self.optimizers))
         ours, theirs = set(map(id, self._known)), set(map(id, live))
-        if ours != theirs:
-            self._known[:] = [group for group in self._known if id(group) in theirs]
-            self._known += [group for group in live if id(group) not in ours]
+        if ours != theirs:  # a new list: a load that fails puts the old one back
+            known = [group for group in self._known if id(group) in theirs]
+            self._known = known + [group for group in live if id(group) not in ours]
         return self._known
 
     @torch.no_grad()

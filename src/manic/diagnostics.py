@@ -16,6 +16,7 @@ from torch import Tensor
 
 from manic.parameters import lr_of
 from manic.tuner import Options, TunerState
+from manic.units import units
 
 ENOUGH = 100  # steps after which a scale has long left its start (it takes 20 to 50)
 IDLE = 1000  # steps at one lr after which the user may have forgotten to step the scheduler
@@ -30,6 +31,7 @@ class Snapshot(NamedTuple):
     step: int  # calls of step() so far, skipped steps included
     options: Options
     unit: float  # the base lr that is divided out of Δ
+    units: list[float]  # that of each param group: 1 where it has no lr
     names: list[str]  # of the param groups
     lrs: list[float]  # theirs, at this moment
     tuners: list[TunerState]  # one; with per_group one per group
@@ -37,8 +39,9 @@ class Snapshot(NamedTuple):
     @property
     def scales(self) -> list[float]:
         """The learned scale of each param group."""
-        scales = [float(tuner.scale) / self.unit for tuner in self.tuners]
-        return scales if self.options.per_group else scales * len(self.names)
+        scales = [float(tuner.scale) for tuner in self.tuners]
+        scales = scales if self.options.per_group else scales * len(self.names)
+        return [scale / unit for scale, unit in zip(scales, self.units, strict=True)]
 
     @property
     def effective_lrs(self) -> list[float]:
@@ -50,7 +53,8 @@ class Snapshot(NamedTuple):
         """The highest lr of the run times the scale, by param group; 0 in "paper", which does not keep it."""
         highest = [float(tuner.peak) for tuner in self.tuners]
         highest = highest if self.options.per_group else highest * len(self.names)
-        return [peak * self.unit * scale for peak, scale in zip(highest, self.scales, strict=True)]
+        parts = zip(highest, self.units, self.scales, strict=True)
+        return [peak * unit * scale for peak, unit, scale in parts]
 
     @property
     def owners(self) -> list[str]:
@@ -61,7 +65,7 @@ class Snapshot(NamedTuple):
 def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) -> Snapshot:
     """Read a run from its param groups, live or in a checkpoint. Waits for their device, once."""
     if not groups:
-        return Snapshot(0, options, unit, [], [], [])
+        return Snapshot(0, options, unit, [], [], [], [])
     flats = [group["mechanic_state"] for group in (groups if options.per_group else groups[:1])]
     rates = [lr_of(group, 1.0) for group in groups]
     tensors = [groups[0]["mechanic_step"], *(lr for lr in rates if isinstance(lr, Tensor))]
@@ -72,7 +76,8 @@ def snapshot(groups: Sequence[dict[str, Any]], options: Options, unit: float) ->
     numbers = iter(values)
     lrs = [next(numbers) if isinstance(lr, Tensor) else float(lr) for lr in rates]
     tuners = [TunerState.unpack(part, len(options.memories)) for part in parts]
-    return Snapshot(int(step) + int(tuners[0].skipped), options, unit, names_of(groups), lrs, tuners)
+    calls = int(step) + int(tuners[0].skipped)
+    return Snapshot(calls, options, unit, units(groups, unit), names_of(groups), lrs, tuners)
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -84,11 +89,12 @@ def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
 def metrics(look: Snapshot) -> dict[str, float]:
     """As ``manic.Mechanic.metrics()``."""
     found: dict[str, float] = {}
-    for owner, tuner in zip(look.owners, look.tuners, strict=True):
+    its = look.units if look.options.per_group else [look.unit] * len(look.tuners)
+    for owner, tuner, unit in zip(look.owners, look.tuners, its, strict=True):
         end = owner and f"/{owner}"
-        found[f"scale{end}"] = float(tuner.scale) / look.unit
+        found[f"scale{end}"] = float(tuner.scale) / unit
         found[f"h{end}"] = float(tuner.h)
-        found[f"delta_norm{end}"] = float(tuner.delta_norm) * look.unit
+        found[f"delta_norm{end}"] = float(tuner.delta_norm) * unit
         found[f"outliers{end}"] = float(tuner.outliers)
     for name, lr in zip(look.names, look.effective_lrs, strict=True):
         found["effective_lr" if len(look.names) == 1 else f"effective_lr/{name}"] = lr

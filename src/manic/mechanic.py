@@ -17,6 +17,7 @@ from manic.diagnostics import metrics
 from manic.run import Run
 from manic.schedules import Schedule, parts
 from manic.tuner import DEFAULT_BETAS, Options
+from manic.units import units
 from manic.wrapper import Wrapper, evaluate
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Mechanic(Wrapper):
     The wrapper is a ``torch.optim.Optimizer``: its ``param_groups``, ``state`` and ``defaults`` are the base
     optimizer's own, and everything it knows is in ``state_dict()``. In each param group it keeps
     ``mechanic_state`` (float64 [4n + 18], see ``manic.tuner.TunerState``; n = 1 in ``"scale_free"``),
-    ``mechanic_step`` (float32 []), ``mechanic_options`` and ``mechanic_scheduler`` (a dict in a tuple). In
+    ``mechanic_step`` (float32 []), ``mechanic_options`` (a dict in a tuple) and ``mechanic_scheduler`` (bytes). In
     ``state[p]``, from p's first step on, it keeps one tensor of p's shape, float32 or better: ``mechanic_ref`` (x_ref;
     ``"paper"``: ``mechanic_delta``, Δ), and for bfloat16 and float16 parameters ``mechanic_rest``: the digits of x that
     they cannot hold, as int16 (whose bits a state dict holds as bfloat16) and float32.
@@ -74,7 +75,8 @@ class Mechanic(Wrapper):
         TypeError: `base_optimizer` is no optimizer instance, or `scheduler` no LR scheduler of a kind that
             can be stepped without a metric.
         ValueError: an option out of its range, a scheduler built on another optimizer, an optimizer that is wrapped
-            already or goes wrong in a Mechanic (LBFGS, schedule-free ones, ZeroRedundancyOptimizer: docs/bases.md).
+            already or goes wrong in a Mechanic (LBFGS, schedule-free ones, ZeroRedundancyOptimizer: docs/bases.md),
+            parameters that share memory.
     """
 
     def __init__(
@@ -101,8 +103,7 @@ class Mechanic(Wrapper):
             raise TypeError(f"log_func must be callable, got {log_func!r}")
         if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 0:
             raise ValueError(f"log_every must be an int >= 0 (0: never), got {log_every!r}")
-        for group in base_optimizer.param_groups:
-            check_params(group["params"])
+        check_params(base_optimizer)
         super().__init__(base_optimizer)
         self.log_func = log_func
         self.log_every = log_every
@@ -144,7 +145,8 @@ class Mechanic(Wrapper):
         Raises:
             ValueError: the steps so far have learned no scale; a param group has no lr.
         """
-        self._run.freeze()
+        with self._run.inside.between_steps():
+            self._run.freeze()
 
     @disable_dynamo
     @torch.no_grad()
@@ -172,7 +174,8 @@ class Mechanic(Wrapper):
                 raise TypeError(f"unwrap takes torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}")
             if scheduler.optimizer is not self.base_optimizer and mechanic_in(scheduler.optimizer) is not self:
                 raise ValueError(f"the {type(scheduler).__name__} was built on another optimizer: leave it out")
-        base = self._run.unwrap(schedulers, waiting=self.scheduled_outside)
+        with self._run.inside.between_steps():
+            base = self._run.unwrap(schedulers, waiting=self.scheduled_outside)
         for scheduler in schedulers:
             for part in parts(scheduler):
                 part.optimizer = base
@@ -189,8 +192,10 @@ class Mechanic(Wrapper):
     @property
     def scale(self) -> Tensor:
         """The factor on the base optimizer's updates, Σ s: float64 [], or [groups] with `per_group`; no sync."""
-        scales = self._run.read("scale") / self._run.record.unit
-        return scales if self._run.record.options.per_group else scales[0]
+        scales, unit = self._run.read("scale"), self._run.record.unit
+        if not self._run.record.options.per_group:
+            return scales[0] / unit
+        return scales / torch.tensor(units(self.param_groups, unit) or [unit], dtype=scales.dtype, device=scales.device)
 
     @property
     def skipped(self) -> Tensor:
@@ -223,7 +228,7 @@ class Mechanic(Wrapper):
         return metrics(now)
 
     def _log(self) -> None:
-        if self.log_every == 0 or self._run.calls % self.log_every:
+        if self.log_every == 0 or self._run.calls == 0 or self._run.calls % self.log_every:
             return
         calls, found = self._run.calls, self.metrics()
         if self.log_func is not None:
@@ -258,12 +263,12 @@ class Mechanic(Wrapper):
         ``torch.distributed.checkpoint``: ``dcp.save({"mechanic": mechanic})``, and ``dcp.load`` likewise. For this, a
         call before the first step creates the state that the first step will create.
         """
-        self._run.inside.refuse_in_a_step()
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self._run.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _or(post_hook(self, state_dict), state_dict)
+        with self._run.inside.between_steps():
+            for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+                pre_hook(self)
+            state_dict = self._run.state_dict()
+            for post_hook in self._optimizer_state_dict_post_hooks.values():
+                state_dict = _or(post_hook(self, state_dict), state_dict)
         return state_dict
 
     @disable_dynamo
@@ -280,19 +285,19 @@ class Mechanic(Wrapper):
                 parameters, shapes, shards, missing or foreign state, NaN, infinite values of the tuner). Then nothing
                 is loaded, and ``load_state_dict`` raises on every other process that shares the model.
         """
-        self._run.inside.refuse_in_a_step()
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"load_state_dict takes the dict that state_dict() returned, got {state_dict!r}")
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _or(pre_hook(self, state_dict), state_dict)
-        self._run.load_state_dict(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        with self._run.inside.between_steps():
+            if not isinstance(state_dict, dict):
+                raise ValueError(f"load_state_dict takes the dict that state_dict() returned, got {state_dict!r}")
+            state_dict = state_dict.copy()
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = _or(pre_hook(self, state_dict), state_dict)
+            self._run.load_state_dict(state_dict)
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._run.inside.refuse_in_a_step()
-        return super().__getstate__()
+        with self._run.inside.between_steps():
+            return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

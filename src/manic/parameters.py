@@ -43,6 +43,7 @@ class ParamState:
     rest: Tensor | None = None  # the digits of x that param cannot hold, shape of param; None: it holds all
     layout: Layout = None  # where the elements of param, grad, slot and rest are
     entering: bool = False  # the slot was made in this step: d is 0
+    new: bool = False  # slot or rest are not in the base's state yet
     member: float = 0.0  # a whole number below 2**32 that stands for this parameter's place among the groups
 
 
@@ -142,7 +143,7 @@ def collect(
             entering = SLOT[variant] not in kept
             if entering:
                 kept = entry(p, variant)
-            slot = kept[SLOT[variant]]
+            slot = kept[SLOT[variant]].to(wide(p.dtype))  # the parameter may have changed its dtype
             if slot.shape != p.shape:
                 raise ValueError(
                     f"a parameter of param group {i} has become {tuple(p.shape)}, the Mechanic keeps "
@@ -150,11 +151,14 @@ def collect(
                 )
             if getattr(grad, "placements", None) != getattr(p, "placements", None):
                 grad = grad.redistribute(placements=p.placements)
-            rest = kept.get(REST) if p.dtype in RESTS else None
-            if rest is None and p.dtype in RESTS:  # the parameter has changed its dtype
-                rest = torch.zeros_like(p.detach(), dtype=RESTS[p.dtype])
+            rest, needed = kept.get(REST), RESTS.get(p.dtype)
+            if needed is None:
+                rest = None
+            elif rest is None or rest.dtype != needed:
+                rest = torch.zeros_like(p.detach(), dtype=needed)
             index, member = (i if per_group else 0), _member(place)
-            yield ParamState(p, grad, sign, index, slot, rest, layout_of(p), entering, member)
+            new = entering or slot is not kept[SLOT[variant]] or rest is not kept.get(REST)
+            yield ParamState(p, grad, sign, index, slot, rest, layout_of(p), entering, new, member)
 
 
 def _member(place: int) -> float:

@@ -22,12 +22,11 @@ from manic.parameters import KEPT, lr_of, shards
 from manic.schedules import Schedule, fold
 from manic.sweeps.kernels import name_for
 from manic.tuner import Options
+from manic.units import base_lr, boost, enlarge, expect
 from manic.wrapper import Closure, Inside, uninterrupted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-BOOST = 2.0**16  # of the lr of bfloat16 parameters in the base's step
 
 
 class Run:
@@ -55,10 +54,9 @@ class Run:
         self.device = first if device is None else torch.device(device)
         self.calls = 0  # of step() so far, counted on the host
         self._looked = False  # at a step of the base
-        # Adagrad has state from construction on.
-        lazy = not self.inside.begun()
+        self._boost = 1.0  # of the lr, in the base lr of the record
         name, sweeps = self.inside.name, name_for(first)
-        self.record = Record(name, schedule.name, 0.0, lazy, frozen=False, sweeps=sweeps, options=options)
+        self.record = Record(name, schedule.name, 0.0, lazy=True, frozen=False, sweeps=sweeps, options=options)
         if inner := hidden(base_optimizer):
             self.monitor.tell(
                 f"{name} holds a {type(inner).__name__} with param groups of its own, which sees neither this lr "
@@ -80,13 +78,14 @@ class Run:
 
     def step(self, closure: Closure | None) -> None:
         """Take one step, and step the schedule if the step counted."""
-        self.adopt()
-        if not self.groups:
-            return
-        if self.inside.is_rehearsal(closure, self._anywhere):
-            self.inside.create_state(self._mode.divisors, self._mode.enter)
-            return
-        uninterrupted(lambda: self._step(closure))
+        with self.inside.lock:
+            self.adopt()
+            if not self.groups:
+                return
+            if self.inside.is_rehearsal(closure, self._anywhere):
+                self.inside.create_state(self._mode.divisors, self._mode.enter)
+                return
+            uninterrupted(lambda: self._step(closure))
 
     def _step(self, closure: Closure | None) -> None:
         self.calls += 1
@@ -115,9 +114,9 @@ class Run:
 
     def snapshot(self) -> Snapshot:
         """Copy what the run knows to the host. One sync."""
-        self.inside.refuse_in_a_step()
-        self.adopt()
-        return snapshot(self.groups, self.record.options, self.record.unit)
+        with self.inside.between_steps():
+            self.adopt()
+            return snapshot(self.groups, self.record.options, self.record.unit)
 
     # ------------------------------------------------------------------ freeze and unwrap
 
@@ -176,36 +175,36 @@ class Run:
         if self.calls == 0 and not self.inside.begun():
             self.inside.create_state(self._mode.divisors, self._mode.enter)
         self._write()
-        for name, kind in self.schedule.left_out.items():
-            self.monitor.tell(
-                f"the checkpoint leaves out {name!r} of the {self.record.scheduler}, a {kind}, which "
-                "torch.load(weights_only=True) does not read. If the schedule needs it to go on, keep it in numbers, "
-                "strings, lists, dicts or tensors"
-            )
-        spread = self.process_group is not None or shards(self.inside.layouts()[0]) > 1
-        return loading.pack(self.inside.optimizer, spread=spread)
+        for sentence in self.schedule.gaps():
+            self.monitor.tell(sentence)
+        whole = self.process_group is None
+        spread = not whole or shards(self.inside.layouts()[0]) > 1
+        return loading.pack(self.inside.optimizer, spread=spread, whole=whole and not self.record.frozen)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``manic.Mechanic.load_state_dict()``."""
-        record, written, mode, calls = self.record, self._written, self._mode, self.calls
+        before = self.record, self._written, self._mode, self.calls, self._boost
         self.inside.loading = True
         try:
             with loading.all_or_nothing(self.inside.optimizer, self.schedule, self._anywhere):
                 self._load(state_dict)
         except BaseException:
-            self.record, self._written, self._mode, self.calls = record, written, mode, calls
+            self.record, self._written, self._mode, self.calls, self._boost = before
             raise
         finally:
             self.inside.loading = False
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         fresh, spread = fresh_state(self.record.options, self.device), self.process_group is not None
-        found = loading.load(self.inside.optimizer, self.schedule, self.record, state_dict, fresh, spread=spread)
+        merged = self._anywhere if isinstance(self._mode, Learner) and self._mode.fresh else None
+        found = loading.load(
+            self.inside.optimizer, self.schedule, self.record, state_dict, fresh, spread=spread, merged=merged
+        )
         if found is None:
-            self._start_afresh(dataclasses.replace(self.record, frozen=False))
+            self._start_afresh(self.record)
             return
         saved, steps, skipped = found
-        self.calls = steps + skipped
+        self.calls, self._boost = steps + skipped, self._boost_now()
         # A step that the host skipped creates no state. So this state is from before the first step.
         self._settle(saved, fresh=steps == 0 and (skipped == 0 or on_host(self.groups[0]["mechanic_step"])))
 
@@ -222,23 +221,29 @@ class Run:
             group.pop("mechanic_step", None)
         self._attach_state(self.groups, record.options)
         self.calls = 0
-        self._settle(dataclasses.replace(record, base_lr=self._base_lr(record.options)), fresh=True)
-        if not record.lazy:
+        lazy = not self.inside.begun()  # Adagrad has state from construction on
+        found = self._base_lr(record.options)
+        self._settle(dataclasses.replace(record, base_lr=found, lazy=lazy, frozen=False), fresh=True)
+        if not lazy:
             self._mode.enter([p for p in self.inside.params() if self.inside.optimizer.state.get(p)])
 
     def _base_lr(self, options: Options) -> float:
-        """The lr that "scale_free" divides out: the largest of the groups; 0 while all of them are 0.
-
-        For bfloat16 parameters it is a fraction of that: x + u has 8 bits, and they are those of u where u is large
-        beside x.
-        """
+        """The lr that "scale_free" divides out of the base's step."""
         if options.variant == "paper":
             return 1.0
-        lrs = [float(group.get("initial_lr", lr)) for group in self.groups if (lr := lr_of(group)) is not None]
-        dtypes = {p.dtype for p in self.inside.params()}
-        coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes  # float16 would overflow
-        boosted = coarse and not self.inside.unproportional
-        return max(lrs, default=1.0) / (BOOST if boosted else 1.0)
+        self._boost = self._boost_now()
+        return base_lr(self.groups) / self._boost
+
+    def _boost_now(self) -> float:
+        return 1.0 if self.inside.unproportional else boost(self.groups)
+
+    def _follow_dtypes(self) -> None:
+        """Go on in another unit if the first bfloat16 parameters have come, or the first float16 ones."""
+        factor = self._boost_now() / self._boost
+        if factor != 1 and self.record.options.variant != "paper" and self.record.base_lr > 0:
+            enlarge(self.groups, factor)
+            self._boost *= factor
+            self._settle(dataclasses.replace(self.record, base_lr=self.record.base_lr / factor))
 
     def _attach_state(self, groups: list[dict[str, Any]], options: Options) -> None:
         """Give groups the tuner's tensors: those of the first group, or with per_group new ones."""
@@ -247,7 +252,8 @@ class Run:
             shared = None if options.per_group else first.get("mechanic_state")
             step = first.get("mechanic_step")
             group["mechanic_state"] = fresh_state(options, self.device) if shared is None else shared
-            group["mechanic_step"] = torch.zeros((), device=self.device) if step is None else step
+            zero = torch.zeros((), dtype=torch.float32, device=self.device)
+            group["mechanic_step"] = zero if step is None else step
 
     @disable_dynamo
     def adopt(self) -> None:
@@ -262,20 +268,24 @@ class Run:
                 "only half of its state: load a checkpoint with the Mechanic's load_state_dict(), and do not copy the "
                 "entries of a group whose names begin with mechanic_"
             )
-        for group in bare:
-            check_params(group["params"])
-        if self.record.base_lr == 0 and (base_lr := self._base_lr(self.record.options)) > 0:
-            self._settle(dataclasses.replace(self.record, base_lr=base_lr))
+        if bare:
+            check_params(self.inside.optimizer)
+        if self.record.base_lr == 0 and (found := self._base_lr(self.record.options)) > 0:
+            self._settle(dataclasses.replace(self.record, base_lr=found))
+        if bare or self.calls == 0:
+            self._follow_dtypes()
         if bare and not ours:
             warn(
                 f"the param groups of {self.inside.name} were replaced without the Mechanic (did you call "
                 "load_state_dict of the base optimizer?): the tuner starts afresh"
             )
-            self._start_afresh(dataclasses.replace(self.record, frozen=False))
+            self._start_afresh(self.record)
         elif bare:
             if self.record.frozen and self.record.options.per_group:
                 raise ValueError("a frozen Mechanic learns no scale for a new param group: add it before freeze()")
             self._attach_state(bare, self.record.options)
+            if not self.record.options.per_group:
+                expect(self.groups[0]["mechanic_state"], bare, self.record.unit)
             self._settle(self.record)
         elif len(self._mode.divisors) != len(self.groups):  # the user has removed a group
             self._settle(self.record)

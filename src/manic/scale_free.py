@@ -75,11 +75,12 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: V
     h = over(inner_product(of_delta, options.s_decay, over(d, x)), size)
     seen = minimum(gradient, SURPRISE * size)
     recent = 2 / (old.steps + 2)  # means in which step j weighs about as j
-    grad_norm = size + recent * (seen - size)
+    some = gradient > 0  # without a gradient there is nothing to learn from
+    grad_norm = where(some, size + recent * (seen - size), size)
 
     counted = where(old_m > 0, minimum(abs(h), SURPRISE * old_m), abs(h))
     m, v = maximum(old_m, counted), old_v + counted * counted
-    typical = where(old_r > 0, old_r + recent * (counted - old_r), counted)
+    typical = where(old_r > 0, where(some, old_r + recent * (counted - old_r), old_r), counted)
     now = sqrt(v + CAUTION * m * m)
     then = sqrt(old_v + CAUTION * old_m * old_m)
     then = where(then > 0, then, now)
@@ -88,12 +89,13 @@ def scale_free(old: TunerState, sums: Sums, options: Options, unit: float, lr: V
 
     # An h that is no record is measured by all that is known. If h < 0, S rises: by less, the more the gradient exceeds
     # its mean. If h > 0, S falls: by less, the longer the run, since late in a run x mostly hovers. Where the lr falls,
-    # the rule tolerates a part of the hovering: the schedule will undo it.
+    # the rule tolerates a part of the hovering: the schedule will undo it. h = 0 says nothing, and S stays.
     peak = maximum(old.peak, lr)
     share = over(lr, peak)
     patient = sqrt(over(PATIENCE, old.steps + PATIENCE))
     downhill = minimum(over(size, gradient), 1.0)
-    move = over(where(h > 0, patient * counted, -downhill * counted) - hovering(patient, share) * typical, now)
+    tolerated = where(h == 0, 0.0, hovering(patient, share) * typical)
+    move = over(where(h > 0, patient * counted, -downhill * counted) - tolerated, now)
     # A record is measured by what was known when the bet was made: so a bad one is cut.
     move = where(record, over(counted, then), move)
     scale = where(begun, old_scale * exp(-share * move), first)

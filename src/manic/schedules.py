@@ -58,9 +58,15 @@ class Schedule:
         return None if self.scheduler is None else name_of(self.scheduler)
 
     @property
-    def members(self) -> list[LRScheduler]:
-        """The scheduler and those that it is made of."""
-        return [] if self.scheduler is None else list(parts(self.scheduler))
+    def members(self) -> list[Any]:
+        """All whose attributes a load replaces: the scheduler, those that it is made of, and the objects that they
+        call."""
+        if self.scheduler is None:
+            return []
+        found: list[Any] = list(parts(self.scheduler))
+        called = [vars(part).get(name) for part in found for name in OF_OTHERS[1:]]
+        objects = [one for value in called for one in (value if isinstance(value, list) else [value])]
+        return [*found, *(one for one in objects if hasattr(one, "__dict__"))]
 
     def state(self) -> dict[str, Any] | None:
         """A copy of what ``weights_only`` admits of its state dict; None: there is no scheduler.
@@ -71,6 +77,14 @@ class Schedule:
             return None
         self.left_out = {}
         return _attributes(self.scheduler.state_dict(), self.left_out)
+
+    def gaps(self) -> Iterator[str]:
+        """A sentence on each attribute that its last state lacks."""
+        for name, kind in self.left_out.items():
+            yield (
+                f"the checkpoint leaves out {name!r} of the {self.name}, a {kind}, which torch.load(weights_only=True) "
+                "does not read. If the schedule needs it to go on, keep it in numbers, strings, lists, dicts or tensors"
+            )
 
     @disable_dynamo
     def step(self, groups: Sequence[dict[str, Any]], tell: Callable[[str], None]) -> None:
@@ -98,9 +112,10 @@ class Schedule:
     def load(self, state: dict[str, Any]) -> None:
         """Load a copy of a state, and check that the scheduler can compute its lrs from it."""
         assert self.scheduler is not None
-        self.scheduler.load_state_dict(copy.deepcopy(state))
+        live = self.scheduler.state_dict()  # what the state has left out stays as it is
+        self.scheduler.load_state_dict({**live, **copy.deepcopy(state)})
         _try_out(self.scheduler)
-        self.scheduler.load_state_dict(copy.deepcopy(state))  # a function may count its calls
+        self.scheduler.load_state_dict({**live, **copy.deepcopy(state)})  # a function may count its calls
 
     def _where(self, groups: Sequence[dict[str, Any]]) -> tuple[Any, list[Any]]:
         """Its epoch, and the lr of every group: of a tensor, its version, since reading it may wait for a device."""
@@ -215,10 +230,18 @@ def differences(scheduler: LRScheduler, state: dict[str, Any]) -> Iterator[str]:
     for name in sorted(inspect.signature(type(scheduler)).parameters.keys() - {"last_epoch", "schedulers"}):
         key = f"_{name}" if f"_{name}" in here else name  # SequentialLR's _milestones
         theirs, ours = state.get(key), here.get(key)
-        if theirs is not None and ours is not None and not isinstance(ours, Tensor) and theirs != ours:
+        if theirs is not None and ours is not None and _differ(theirs, ours):
             yield f"{name} = {theirs!r} replaces {ours!r} in {type(scheduler).__name__}"
     for inner, saved in zip(getattr(scheduler, "_schedulers", ()), state.get("_schedulers", ()), strict=False):
         yield from differences(inner, saved)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two values differ; False where that cannot be told (there are tensors in them)."""
+    try:
+        return bool(a != b)
+    except Exception:
+        return False
 
 
 def _shared(scheduler: LRScheduler) -> Iterator[str]:

@@ -132,6 +132,12 @@ class TunerState(NamedTuple):
         numbers = [*[values[0] for values in self[:4]], *self[4:]]
         return TunerState.unpack(torch.tensor(numbers, dtype=like.dtype, device=like.device), 1)
 
+    def in_unit(self, factor: float) -> TunerState:
+        """The same state where every update is `factor` times as large as it was; "scale_free"."""
+        larger = {name: getattr(self, name) * factor for name in ("m", "r", "h", "delta_norm", "update_norm", "peak")}
+        squares = {"v": self.v * factor**2, "update_sq": self.update_sq * factor**2}
+        return self._replace(**larger, **squares, scale=self.scale / factor)
+
 
 class Motion(NamedTuple):
     """Where a step takes x and its slot y: x += x_delta·d + x_update·u and y += slot_delta·d + slot_update·u. 0-d."""

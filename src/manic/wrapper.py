@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ class Inside:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.lock = threading.RLock()  # held during a step, a save and a load: other threads wait for the end
         self.stepping = False  # in its step: parameters and lr are temporarily changed
         self.finished = False  # its last step has returned
         self.loading = False  # a load has replaced some of its groups
@@ -222,16 +224,27 @@ class Inside:
 
     # ------------------------------------------------------------------ in the middle of a step
 
-    def refuse_in_a_step(self) -> None:
-        """Raise where the caller would see the temporary parameters and lr."""
-        if self.stepping:
-            raise RuntimeError(
-                "this cannot be called during step() (from a hook on the base optimizer, a closure or another thread): "
-                "parameters and lr are temporarily changed. Call it after step(), or from a hook on the Mechanic"
-            )
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Hold off the steps of other threads. Waits for the end of one that is under way.
+
+        Raises:
+            RuntimeError: this thread is in a step: the caller would see the temporary parameters and lr.
+        """
+        with self.lock:
+            if self.stepping:
+                raise RuntimeError(
+                    "this cannot be called during step() (from a hook on the base optimizer or a closure): parameters "
+                    "and lr are temporarily changed. Call it after step(), or from a hook on the Mechanic"
+                )
+            yield
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hooks": []}  # torch copies an optimizer without its hooks
+        # torch copies an optimizer without its hooks
+        return {**{name: value for name, value in vars(self).items() if name != "lock"}, "_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -119,11 +119,12 @@ def scale_free(
     size = old["grad_norm"] or gradient
     h = over(delta_grad + o["s_decay"] * over(moved, x) * over(gradient, x) * delta_x, size)
     seen = min(gradient, 2 * size)
-    new["grad_norm"] = size + 2 / (old["steps"] + 2) * (seen - size)
+    recent = 2 / (old["steps"] + 2) if gradient > 0 else 0.0
+    new["grad_norm"] = size + recent * (seen - size)
     usual = min(abs(h), 2 * m) if m else abs(h)
     then = math.sqrt(v + 4 * m**2)
     m, v = max(m, usual), v + usual**2
-    typical = typical + 2 / (old["steps"] + 2) * (usual - typical) if typical else usual
+    typical = typical + recent * (usual - typical) if typical else usual
     now = math.sqrt(v + 4 * m**2)
     surprise = over(abs(h), then or now)
     record = h > 0 and surprise >= 0.5
@@ -133,7 +134,7 @@ def scale_free(
     share = over(lr, peak)
     patience = math.sqrt(100 / (old["steps"] + 100))
     fall = patience * usual if h > 0 else -min(over(size, gradient), 1.0) * usual
-    fall = over(fall - math.sqrt(patience * (1 - share)) * typical, now)
+    fall = over(fall - math.sqrt(patience * (1 - share)) * typical, now) if h else 0.0
     if record:
         fall = over(usual, then or now)
     there = max(scale * math.exp(-share * fall) if scale > 0 else first, least)

@@ -23,6 +23,7 @@ import format1
 import pytest
 import torch
 from killed import recipe
+from resuming import laid_open
 from torch import Tensor, nn
 
 from manic import Mechanic
@@ -278,7 +279,7 @@ def attempt(case: Case, state: Any, steps: int) -> str:
         return f"{error!r}"
     if not equal(state, given):
         return "it changed what it was given"
-    if not is_loaded(state, mechanic.state_dict(), before[1]):
+    if not is_loaded(state, *map(laid_open, (mechanic.state_dict(), before[1]))):
         return "it says that it is loaded, and holds other values"
     try:
         train(parameters, mechanic, range(20, 22))
@@ -317,7 +318,7 @@ def test_anything_else_in_any_place_of_a_state_dict(
     case: Case, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
     """One in 25 in the quick tests; all of them, 18 000, with --every."""
-    source = trained(case, 0, 5)[1].state_dict()
+    source = laid_open(trained(case, 0, 5)[1].state_dict())
     whole = copy.deepcopy(source)
     every = request.config.getoption("--every")
     found = []

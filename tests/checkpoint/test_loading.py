@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from resuming import Pair, resumed, same
+from resuming import Pair, laid_open, resumed, same
 from torch import nn
 from torch.optim import SGD, AdamW, RMSprop
 from torch.optim import lr_scheduler as schedulers
@@ -250,7 +250,7 @@ def test_what_weights_only_admits_by_name_is_saved() -> None:
     schedule.lr_lambdas[0].model = OrderedDict(a={1, 2}, b=torch.ones(2), c=torch.float32)
     m = Mechanic(base, schedule)
     with torch.serialization.safe_globals([torch.dtype]):
-        saved = m.state_dict()["param_groups"][0]["mechanic_scheduler"][0]["lr_lambdas"][0]
+        saved = laid_open(m.state_dict())["param_groups"][0]["mechanic_scheduler"][0]["lr_lambdas"][0]
     assert saved["lock"] == 0.5
     assert type(saved["lock"]) is type(saved["table"]["at"]) is float
     assert saved["table"] == {"rates": (1.0, 0.5), "counts": [Counter(a=2)], "at": 0.5}

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import resuming
 import torch
-from resuming import SAVED_AT, STEPS, Case, Run, cases, optimizers, same
+from resuming import SAVED_AT, STEPS, Case, Run, cases, laid_open, optimizers, same
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from training import Problem, flat
 
 from manic import Mechanic, diagnostics
+from manic.checkpoint.record import sealed
 from manic.parameters import SLOT
 from manic.run import Run as Inner
 from manic.sweeps.kernels import name_for
@@ -69,6 +70,7 @@ def test_the_matrix_sees_what_is_lost(drop: str, variant: str, dtype: torch.dtyp
     for t in run.train(range(STEPS)):
         if t == 25:
             state = copy.deepcopy(run.state())
+            state["mechanic"] = laid_open(state["mechanic"])
     for group in state["mechanic"]["param_groups"]:
         if drop == "mechanic_state":
             group[drop].zero_()
@@ -283,7 +285,7 @@ def breakages() -> dict[str, Any]:
         ),
         "Δ for x_ref": (
             edit(lambda s: s["state"][0].update(mechanic_delta=s["state"][0].pop("mechanic_ref"))),
-            r"parameter 0 has \['mechanic_delta'\] in the checkpoint, and must have \['mechanic_ref'\]",
+            "has no 'mechanic_ref' for 8 of the 12 elements that had a gradient then",
         ),
         "a rest too many": (
             edit(lambda s: s["state"][0].update(mechanic_rest=torch.zeros(2, 4, dtype=torch.int16))),
@@ -355,7 +357,7 @@ def test_a_failure_after_everything_was_loaded_is_undone(problem: Problem, monke
         raise MemoryError
 
     monkeypatch.setattr(Inner, "_settle", fail)
-    state_dict = copy.deepcopy(mechanics[0].state_dict())
+    state_dict = laid_open(copy.deepcopy(mechanics[0].state_dict()))
     state_dict["param_groups"][0]["mechanic_scheduler"][0]["more"] = 1
     with pytest.raises(MemoryError):
         mechanics[1].load_state_dict(state_dict)
@@ -598,7 +600,7 @@ def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
                 lambda s, one, other, options, plan, broken=broken: one.update(mechanic_scheduler=broken),
                 "the checkpoint's state of the scheduler is broken: ",
             )
-            for broken in ({0: {}}, [{}, 3], [3], {})
+            for broken in ({0: {}}, [{}, 3], [3], {}, b"", b"PK", sealed([3]), sealed({})[:-9])
         ),
         (lambda s, one, other, options, plan: plan.update(T_max="x"), "T_max of CosineAnnealingLR is 'x' in the"),
         (lambda s, one, other, options, plan: as_dcp_leaves_it(s["state"]), None),
@@ -627,13 +629,12 @@ def as_dcp_leaves_it(state: dict[Any, Any]) -> None:
         ),
         (
             lambda s, one, other, options, plan: s["state"][0].update(mechanic_delta=s["state"][0]["mechanic_ref"]),
-            "the state of parameter 0 has ['mechanic_delta', 'mechanic_ref'] in the checkpoint, and must have "
-            "['mechanic_ref']: was it saved with parameters of another dtype?",
+            None,  # torch has merged in the slot of another variant
         ),
     ],
 )
 def test_what_is_said_of_a_checkpoint(change: Any, says: str | None, problem: Problem) -> None:
-    state_dict = copy.deepcopy(two_groups(problem).state_dict())
+    state_dict = laid_open(copy.deepcopy(two_groups(problem).state_dict()))
     one, other = state_dict["param_groups"]
     change(state_dict, one, other, one["mechanic_options"][0], one["mechanic_scheduler"][0])
     mechanic = two_groups(problem)
@@ -646,7 +647,7 @@ def test_what_is_said_of_a_checkpoint(change: Any, says: str | None, problem: Pr
 
 
 def test_the_state_of_a_scheduler_is_copied(problem: Problem) -> None:
-    state_dict, mechanic = copy.deepcopy(two_groups(problem).state_dict()), two_groups(problem)
+    state_dict, mechanic = laid_open(copy.deepcopy(two_groups(problem).state_dict())), two_groups(problem)
     mechanic.load_state_dict(state_dict)
     state_dict["param_groups"][0]["mechanic_scheduler"][0]["base_lrs"][0] = 9.0
     assert mechanic.scheduler is not None
@@ -662,7 +663,7 @@ def test_what_is_left_of_a_mechanic_is_a_plain_optimizers(problem: Problem) -> N
     with pytest.warns(UserWarning, match="nothing of a Mechanic"):
         mechanic.load_state_dict(state_dict)
     assert mechanic.scale == 0
-    assert not any("mechanic_ref" in values for values in mechanic.state.values())
+    assert all(torch.equal(values["mechanic_ref"], p) for p, values in mechanic.state.items())  # it begins here
 
 
 def test_options_that_do_not_work(trained: Any) -> None:
@@ -774,7 +775,7 @@ def test_what_cannot_go_on_is_found_in_a_scheduler_of_others(problem: Problem) -
 
     mechanic = build()
     problem.train([p for group in mechanic.param_groups for p in group["params"]], mechanic, 5)
-    saved, other = copy.deepcopy(mechanic.state_dict()), build()
+    saved, other = laid_open(copy.deepcopy(mechanic.state_dict())), build()
     before = copy.deepcopy(other.state_dict())
     for group in saved["param_groups"]:
         group["mechanic_scheduler"][0]["_schedulers"][1]["T_max"] = 0
@@ -816,7 +817,7 @@ def test_a_plain_checkpoint_loads_and_the_tuner_starts_afresh(problem: Problem) 
     assert mechanic.scale == 0
     assert mechanic.param_groups[0]["lr"] == 0.1
     assert torch.equal(mechanic.state[others[0]]["exp_avg"], plain.state[parameters[0]]["exp_avg"])
-    assert "mechanic_ref" not in mechanic.state[others[0]]
+    assert torch.equal(mechanic.state[others[0]]["mechanic_ref"], others[0])  # it begins here
     problem.train(others, mechanic, 20)
     assert mechanic.scale > 0
 

@@ -17,7 +17,7 @@ from manic.checkpoint.validation import (
     _alike,
     _check_ours,
     by_number,
-    check_settings,
+    check_schedule,
     check_whole,
     try_out,
 )
@@ -156,14 +156,15 @@ def inside(i: int, key: str, value: Any) -> Any:
     ],
 )
 def test_the_state_of_a_scheduler(name: str, change: Any, says: str | None) -> None:
-    here = SCHEDULES[name]().state_dict()
+    scheduler = SCHEDULES[name]()
+    here = scheduler.state_dict()
     saved = copy.deepcopy(here)
     change(saved)
     if says is None:
-        check_settings(saved, here, "Cosine")
+        check_schedule(saved, here, scheduler, "Cosine")
     else:
         with pytest.raises(ValueError) as found:  # noqa: PT011
-            check_settings(saved, here, "Cosine")
+            check_schedule(saved, here, scheduler, "Cosine")
         assert says in str(found.value)
 
 

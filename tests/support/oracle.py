@@ -127,11 +127,12 @@ def scale_free(
         h = over(dot([over(1.0, scale) * di for di in d], [gi + pull * xi for gi, xi in zip(g, x, strict=True)]), size)
         seen = min(norm(g), 2 * size)
         calm = min(1.0, over(size, norm(g)))
-        size += 2 / (t + 2) * (seen - size)
+        recent = 2 / (t + 2) if norm(g) > 0 else 0.0  # no gradient says nothing
+        size += recent * (seen - size)
         usual = min(abs(h), 2 * m) if m else abs(h)
         then = math.sqrt(v + 4 * m**2)
         m, v = max(m, usual), v + usual**2
-        typical = typical + 2 / (t + 2) * (usual - typical) if typical else usual
+        typical = typical + recent * (usual - typical) if typical else usual
         now = math.sqrt(v + 4 * m**2)
         wild = over(abs(h), then or now)
         record = h > 0 and wild >= 0.5
@@ -140,7 +141,7 @@ def scale_free(
         share = over(lr, peak)
         patience = math.sqrt(100 / (t + 100))
         step = patience * usual if h > 0 else -calm * usual
-        step = over(step - math.sqrt(patience * (1 - share)) * typical, now)
+        step = over(step - math.sqrt(patience * (1 - share)) * typical, now) if h else 0.0
         if record:
             step = over(usual, then or now)
         before, scale = scale, max(scale * math.exp(-share * step) if scale else first, 1e-6 * whole)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from training import pulled
 
 from manic import Mechanic
+from manic.checkpoint.record import opened
 
 STEPS = 30
 SAVED_AT = (0, 1, 25)
@@ -34,6 +35,15 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
+
+
+def laid_open(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with the scheduler's state as a dict in a tuple, which a Mechanic loads as well."""
+    groups = [
+        {key: (opened(value),) if key == "mechanic_scheduler" else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 Pair = tuple[nn.Parameter, Mechanic]

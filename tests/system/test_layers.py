@@ -15,7 +15,7 @@ ROOT = Path(manic.__file__).parent
 # From the bottom to the top. A module imports only modules of the rows before its own, and those that stand before it
 # in its row.
 ROWS = [
-    ["tuner", "parameters", "chains"],
+    ["tuner", "parameters", "units", "chains"],
     ["collectives", "scale_free", "diagnostics", "schedules", "bases"],
     ["sweeps.eager", "sweeps.base", "sweeps.native", "sweeps.triton_kernels", "sweeps.kernels", "sweeps.passes"],
     ["checkpoint.record", "checkpoint.older", "checkpoint.validation", "checkpoint.loading"],

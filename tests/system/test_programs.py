@@ -61,6 +61,7 @@ class ByHand:
         self.slot.append(None)
         self.buffer.append([])
         self.lr.append(lr)
+        self.peak = max(self.peak, lr / self.unit) if self.peak else 0.0  # a late group is no warm-up
         self.span.append(0.0)
         self.reach.append(0.0)
         self.edit(len(self.x) - 1, values)
@@ -176,13 +177,14 @@ class ByHand:
         h = over(over(pulled, before), self.size)
         seen = min(g_norm, 2 * self.size)
         calm = min(1.0, over(self.size, g_norm))
-        self.size += 2 / (self.steps + 2) * (seen - self.size)
+        recent = 2 / (self.steps + 2) if g_norm > 0 else 0.0  # no gradient says nothing
+        self.size += recent * (seen - self.size)
         usual = min(abs(h), 2 * m) if m else abs(h)
         then = math.sqrt(v + 4 * m**2)
         m, v = max(m, usual), v + usual**2
         now = math.sqrt(v + 4 * m**2)
         typical = leap * self.r[0]
-        typical = typical + 2 / (self.steps + 2) * (usual - typical) if typical else usual
+        typical = typical + recent * (usual - typical) if typical else usual
         self.m, self.v, self.r = [m], [v], [typical]
         surprise = over(abs(h), then or now)
         record = h > 0 and surprise >= 0.5
@@ -190,7 +192,7 @@ class ByHand:
         share = over(lr, self.peak)
         patience = math.sqrt(100 / (self.steps + 100))
         by = -patience * usual if h > 0 else calm * usual
-        by = over(by + math.sqrt(patience * (1 - share)) * typical, now)
+        by = over(by + math.sqrt(patience * (1 - share)) * typical, now) if h else 0.0
         if record:
             by = -over(usual, then or now)
         self.scale = max(before * math.exp(share * by) if before else first, 1e-6 * whole)

@@ -24,7 +24,6 @@ from manic.diagnostics import Snapshot, metrics, snapshot
 from manic.parameters import DELTA, REF, REST
 
 GROUP = re.compile(r"(.*\.)?param_groups\.(.+)\.(mechanic_(?:state|step|options|scheduler)|lr|name)")
-STATE = re.compile(r"(.*\.)?state\.(.+)\.([^.]+)")
 SIZES = {REF: "x_ref", DELTA: "delta", REST: "rest"}
 
 SAVED = (".pt", ".bin", ".ckpt", ".pth")  # what people, and frameworks, call the files of torch.save
@@ -103,23 +102,24 @@ def _at(place: str, values: dict[str, Any]) -> Found:
     sizes = {"x_ref": 0, "delta": 0, "rest": 0, "base": 0}
     numels: dict[str, int] = {}
     for key, value in values.items():
-        match = GROUP.fullmatch(key) or STATE.fullmatch(key)
-        if match is None or (match[1] or "") != place:
-            continue
-        if match.re is GROUP:
+        match = GROUP.fullmatch(key)
+        if match is not None and (match[1] or "") == place:
             groups.setdefault(match[2], {})[match[3]] = value
-        else:
-            sizes[SIZES.get(match[3], "base")] += value.nbytes if isinstance(value, Tensor) else 0
-            numels[match[2]] = max(value.numel() if isinstance(value, Tensor) else 0, numels.get(match[2], 0))
+        elif key.startswith(f"{place}state."):
+            name, _, what = key.removeprefix(f"{place}state.").rpartition(".")
+            sizes[SIZES.get(what, "base")] += value.nbytes if isinstance(value, Tensor) else 0
+            numels[name] = max(value.numel() if isinstance(value, Tensor) else 0, numels.get(name, 0))
     written = in_a_tuple(next(iter(groups.values())).get("mechanic_options"), "options are").get("format", FORMAT)
     groups = {name: upgraded_group(group) if is_older(group) else group for name, group in groups.items()}
     record, _ = read(list(groups.values()))
-    # A flattened state dict has a group for every parameter: alike, as far as we are concerned.
-    distinct = {
-        (str(group.get("name")), str(group.get("lr")), tuple(group["mechanic_state"].tolist())): group
-        for group in groups.values()
-    }
-    look = snapshot(list(distinct.values()), record.options, record.unit)
+    live = list(groups.values())
+    if not all(name.isdecimal() for name in groups):
+        # A flattened state dict has a group for every parameter: alike, as far as we are concerned.
+        names = [
+            (str(group.get("name")), str(group.get("lr")), tuple(group["mechanic_state"].tolist())) for group in live
+        ]
+        live = [*dict(zip(names, live, strict=True)).values()]
+    look = snapshot(live, record.options, record.unit)
     return Found(place.rstrip("."), written, record, look, sizes, len(numels), sum(numels.values()))
 
 
@@ -130,7 +130,8 @@ def _of_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict | list):
+    ours = key.rpartition(".")[2].startswith("mechanic_")  # the options are a dict in a tuple
+    if not isinstance(value, dict | list | tuple) or ours:
         yield key, value
         return
     for name, inner in value.items() if isinstance(value, dict) else enumerate(value):

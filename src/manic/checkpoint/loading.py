@@ -14,21 +14,21 @@ from torch.optim import Optimizer
 
 from manic.chains import with_members
 from manic.checkpoint.older import upgraded
-from manic.checkpoint.record import TENSORS, Record, read
+from manic.checkpoint.record import TENSORS, Record, read, sealed
 from manic.checkpoint.validation import (
     WRONG,
     by_id,
     by_number,
     check_groups,
     check_record,
-    check_settings,
+    check_schedule,
     check_state,
     check_whole,
     try_out,
 )
 from manic.diagnostics import warn
-from manic.parameters import KEPT, REST, RESTS, local, wide
-from manic.schedules import Schedule, differences, plain
+from manic.parameters import KEPT, REST, RESTS, SLOT, local, wide
+from manic.schedules import IN_A_GROUP, Schedule, differences, plain
 from manic.tuner import TunerState
 
 SCALARS = ("mu_product", "eta", "mu")  # NAdam's and ASGD's, float32 beside parameters of any dtype
@@ -37,13 +37,14 @@ SCALARS = ("mu_product", "eta", "mu")  # NAdam's and ASGD's, float32 beside para
 def write(groups: list[dict[str, Any]], written: tuple[dict[str, Any]], schedule: Schedule) -> None:
     """Put into the param groups what a checkpoint says besides tensors. `written`: of ``Record.written()``."""
     state = schedule.state()
+    whole = None if state is None else sealed(state)
     for group in groups:
         group["mechanic_options"] = written
-        if state is not None:
-            group["mechanic_scheduler"] = (state,)
+        if whole is not None:
+            group["mechanic_scheduler"] = whole
 
 
-def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
+def pack(base: Optimizer, *, spread: bool, whole: bool) -> dict[str, Any]:
     """The state dict. Its tensors are the live ones, as in torch, but for the tuner's.
 
     DCP loads in place, and what it has read before it fails must not pass for the tuner's own.
@@ -51,21 +52,34 @@ def pack(base: Optimizer, *, spread: bool) -> dict[str, Any]:
     Args:
         base: the optimizer inside, whose groups say all that is to be said.
         spread: this process has only a part of the model: its shares of ‖u‖² and ‖d‖² stay out.
+        whole: the parameters here, with what is marked on them, are all of the model's.
     """
     state_dict, live = base.state_dict(), base.param_groups
     copies = {group[key]: group[key].clone() for group in live for key in TENSORS}  # the groups share theirs
     if spread:
         for group in live:
             copies[group["mechanic_state"]][-2:] = -1.0
+    for flat, copy in copies.items() if whole else ():  # the user may have taken out the state of some parameters
+        mine = [p for group in live if group["mechanic_state"] is flat for p in group["params"]]
+        if mine:
+            n = (flat.numel() - TunerState.size(0)) // 4
+            there = sum(p.numel() for p in mine if not base.state.get(p, {}).keys().isdisjoint(KEPT))
+            copy[TunerState.place("numel", n)].clamp_(max=there)
+    # A hook of the base may have copied all that is in its state dict.
     groups = [
-        {key: copies[value] if key in TENSORS else _number(value) for key, value in group.items()}
-        for group in state_dict["param_groups"]
+        {**{key: _numbers(value) for key, value in group.items()}, **{key: copies[own[key]] for key in TENSORS}}
+        for group, own in zip(state_dict["param_groups"], live, strict=True)
     ]
     return {**state_dict, "state": _rests_as(torch.bfloat16, state_dict["state"]), "param_groups": groups}
 
 
-def _number(value: Any) -> Any:
-    """A setting of a group: if it is a number that ``weights_only`` does not admit, such as numpy's, as Python's."""
+def _numbers(value: Any) -> Any:
+    """A setting of a group: numbers that ``weights_only`` does not admit, such as numpy's, as Python's. (A new tuple is
+    made of betas, and of the options.)"""
+    if type(value) in (list, tuple):
+        return type(value)(map(_numbers, value))
+    if type(value) is dict:
+        return {key: _numbers(one) for key, one in value.items()}
     return plain(value) if isinstance(value, Real) else value
 
 
@@ -101,15 +115,12 @@ def all_or_nothing(base: Optimizer, schedule: Schedule, anywhere: Callable[[bool
     Raises:
         ValueError: the checkpoint does not fit, here or on another rank.
     """
-    state = schedule.state()
     before = [(owner, dict(vars(owner))) for owner in (*with_members(base), *schedule.members)]
 
     def undo() -> None:
         for owner, attributes in before:
             vars(owner).clear()
             vars(owner).update(attributes)
-        if schedule.scheduler is not None and state is not None:
-            schedule.scheduler.load_state_dict(state)  # the functions that it calls may have attributes as well
 
     fault: Exception | None = None
     try:
@@ -128,7 +139,14 @@ def all_or_nothing(base: Optimizer, schedule: Schedule, anywhere: Callable[[bool
 
 
 def load(
-    base: Optimizer, schedule: Schedule, record: Record, state_dict: dict[str, Any], fresh: Tensor, *, spread: bool
+    base: Optimizer,
+    schedule: Schedule,
+    record: Record,
+    state_dict: dict[str, Any],
+    fresh: Tensor,
+    *,
+    spread: bool,
+    merged: Callable[[bool], bool] | None,
 ) -> tuple[Record, int, int] | None:
     """Load a state dict that fits. To be called in ``all_or_nothing()``.
 
@@ -139,6 +157,7 @@ def load(
         state_dict: of ``pack()``, of an older version, or of the plain base.
         fresh: a ``mechanic_state`` that has seen nothing, of any length: its dtype and device are those of ours.
         spread: other processes hold parameters of this model without a mark on the tensors.
+        merged: None, or, where our state is from before the first step: whether its argument is true on any process.
 
     Returns:
         what the checkpoint says of its Mechanic, how many of its steps counted, and how many were skipped; None: it was
@@ -152,9 +171,13 @@ def load(
     params, live = by_id(base, state_dict["param_groups"]), base.state
     state_dict = upgraded(state_dict, params)
     groups, state = state_dict["param_groups"], _rests_as(torch.int16, state_dict["state"])
+    if merged is not None and merged(_is_merged(groups, state, params, live)):
+        groups = [{k: v for k, v in group.items() if not k.startswith("mechanic_")} for group in groups]
+        state = {k: {n: v for n, v in values.items() if n not in KEPT} for k, values in state.items()}
+        state_dict = {**state_dict, "state": state, "param_groups": groups}
     if not any("mechanic_state" in group for group in groups):
         check_state(params, state, None)
-        _load_base(base, state_dict, params)
+        _load_base(base, _with_our_lrs(base, schedule, state_dict), params)
         try_out(base)
         warn(
             f"the checkpoint has nothing of a Mechanic in it: the state of {type(base).__name__} is loaded, and the "
@@ -162,13 +185,14 @@ def load(
         )
         return None
     saved, plan = read(groups)
+    state = _without_live_slots(state, saved)
     check_record(saved, record)
     if schedule.scheduler is not None and plan is not None:
-        check_settings(plan, schedule.state() or {}, type(schedule.scheduler).__name__)
+        check_schedule(plan, schedule.state() or {}, schedule.scheduler)
     check_state(params, state, saved)
     if not saved.frozen and not spread:
         check_whole(params, state, groups, saved.options)
-    _load_base(base, state_dict, params)
+    _load_base(base, state_dict if plan is not None else _with_our_lrs(base, schedule, state_dict), params)
     _load_tuner(base.param_groups, groups, fresh, per_group=saved.options.per_group)
     for key, p in params.items():
         if state.get(key):
@@ -183,6 +207,48 @@ def load(
     skipped = TunerState.unpack(groups[0]["mechanic_state"], len(saved.options.memories)).skipped
     here = dataclasses.replace(saved, scheduler=record.scheduler, sweeps=record.sweeps)
     return here, int(groups[0]["mechanic_step"]), int(skipped)
+
+
+def _is_merged(
+    groups: list[dict[str, Any]], state: dict[Any, Any], params: Mapping[Any, Tensor], live: Mapping[Tensor, Any]
+) -> bool:
+    """Whether a state dict is a plain optimizer's, which set_state_dict, with full_state_dict, has merged into the
+    state that we created before the first step: no step was taken, and yet a moment is not 0 any more."""
+    first = groups[0]
+    if not isinstance(first.get("mechanic_step"), Tensor) or bool(first["mechanic_step"] != 0):
+        return False
+    for key, p in params.items():
+        for name, value in state.get(key, {}).items() if isinstance(state.get(key), dict) else ():
+            here = live.get(p, {}).get(name)
+            moment = name not in KEPT and isinstance(value, Tensor) and isinstance(here, Tensor)
+            if moment and value.shape == here.shape and not local(here).any() and bool(local(value).any()):
+                return True
+    return False
+
+
+def _without_live_slots(state: dict[Any, Any], saved: Record) -> dict[Any, Any]:
+    """A state without the slots that such a Mechanic has not. set_state_dict, with full_state_dict, merges what it
+    loads into what is here: then these are the live ones."""
+    unused = {*KEPT} if saved.frozen else {*SLOT.values()} - {SLOT[saved.options.variant]}
+    return {
+        key: {k: v for k, v in values.items() if k not in unused} if isinstance(values, dict) else values
+        for key, values in state.items()
+    }
+
+
+def _with_our_lrs(base: Optimizer, schedule: Schedule, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict that has no scheduler, with the lrs that the scheduler here has set, and what else it keeps in the
+    groups: it computes the next ones from these."""
+    if schedule.scheduler is None:
+        return state_dict
+    groups = [
+        {
+            **theirs,
+            **{k: v for k, v in ours.items() if k in IN_A_GROUP or not (k in theirs or k.startswith("mechanic_"))},
+        }
+        for theirs, ours in zip(state_dict["param_groups"], base.param_groups, strict=True)
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def _differences(saved: Record, here: Record) -> list[str]:

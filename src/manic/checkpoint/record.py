@@ -2,13 +2,16 @@
 
 Layout (format 3): that of ``Optimizer.state_dict()``; in every param group ``mechanic_state``, ``mechanic_step``,
 ``mechanic_options`` and, with an inner scheduler, ``mechanic_scheduler``; in the state of every parameter that has
-stepped what ``manic.parameters.entry()`` makes. Dicts lie in tuples: torch.distributed.checkpoint takes dicts apart and
-turns their keys into strings (MultiStepLR's are ints), but it stores tuples whole.
+stepped what ``manic.parameters.entry()`` makes. The options are a dict in a tuple, which torch.distributed.checkpoint
+stores whole. The scheduler's state is a file of ``torch.save``, as bytes: ``get_state_dict`` takes all else apart,
+makes strings of a dict's keys (MultiStepLR's are ints), a dict of a Counter, and refuses a set.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -81,7 +84,7 @@ def read(groups: Sequence[Mapping[str, Any]]) -> tuple[Record, dict[str, Any] | 
     if scheduler is not None:
         if "mechanic_scheduler" not in groups[0]:
             raise ValueError(f"the checkpoint has a {scheduler}, and no 'mechanic_scheduler'")
-        schedule = in_a_tuple(groups[0]["mechanic_scheduler"], "state of the scheduler is")
+        schedule = opened(groups[0]["mechanic_scheduler"])
     return Record(base, scheduler, base_lr, lazy, frozen, sweeps, options), schedule
 
 
@@ -96,6 +99,28 @@ def _check_tensors(i: int, group: Mapping[str, Any], first: Mapping[str, Any], o
             raise ValueError(f"{key} of param group {i} has values that are not finite: the checkpoint is damaged")
         if not options.per_group and not torch.equal(value, first[key].to(value)):
             raise ValueError(f"{key} of param group {i} differs from that of group 0, and they share one scale")
+
+
+def sealed(state: dict[str, Any]) -> bytes:
+    """The state of a scheduler, in types that ``weights_only`` admits, as one value: of ``mechanic_scheduler``."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def opened(value: Any) -> dict[str, Any]:
+    """The inverse of ``sealed()``; at first format 3 had a dict in a tuple there.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    if not isinstance(value, bytes):
+        return in_a_tuple(value, "state of the scheduler is")
+    try:
+        state = torch.load(io.BytesIO(value), map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError("the checkpoint's state of the scheduler is broken: it is no file of torch.save") from error
+    return in_a_tuple((state,), "state of the scheduler is")
 
 
 def in_a_tuple(value: Any, what: str) -> dict[str, Any]:

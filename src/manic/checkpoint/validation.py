@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Adafactor, Optimizer, SparseAdam
+from torch.optim import SGD, Adafactor, Optimizer, SparseAdam
+from torch.optim.lr_scheduler import LRScheduler
 
 from manic.chains import owners, params_of
 from manic.checkpoint.record import Record, is_plain
@@ -109,26 +110,45 @@ def check_record(saved: Record, here: Record) -> None:
         )
 
 
+def check_schedule(saved: dict[str, Any], here: dict[str, Any], scheduler: LRScheduler, of: str = "") -> None:
+    """Check that a scheduler's state in the checkpoint has what it needs, and of the same kinds as here.
+
+    A scheduler that is not torch's may keep anything: of it, only the attributes that torch's base class knows are
+    looked at. (It is tried out when it has loaded.)
+    """
+    of = of or type(scheduler).__name__
+    for key in ("last_epoch", "base_lrs"):
+        if key in here and key not in saved:
+            raise ValueError(f"the state of {of} has no {key!r} in the checkpoint")
+    parts = getattr(scheduler, "_schedulers", None)
+    theirs = saved.get("_schedulers")
+    if parts and theirs is not None:
+        if not isinstance(theirs, list | tuple) or list(map(type, theirs)) != [dict] * len(parts):
+            raise ValueError(f"_schedulers of {of} is {theirs!r} in the checkpoint, {here['_schedulers']!r} here")
+        for part, its, ours in zip(parts, theirs, here["_schedulers"], strict=True):
+            check_schedule(its, ours, part, f"{of}._schedulers")
+    ours = {key: value for key, value in here.items() if key != "_schedulers"}
+    if not type(scheduler).__module__.startswith("torch.optim"):
+        ours = {key: value for key, value in ours.items() if key in ("last_epoch", "_step_count", *PER_GROUP)}
+    check_settings(saved, ours, of)
+
+
 def check_settings(saved: dict[str, Any], here: dict[str, Any], of: str) -> None:
     """Check that what a group or a scheduler has in the checkpoint is of the same kinds as here. It may lack something:
     an older torch did not have it."""
     for key, value in here.items():
         if key not in saved:
-            if key in ("last_epoch", "base_lrs"):
-                raise ValueError(f"the state of {of} has no {key!r} in the checkpoint")
             continue
         theirs, like = saved[key], value
-        inner = isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "last_epoch" in value[0]
-        if inner:
-            like = [{} for _ in value]
-        elif isinstance(value, list) and not value:
+        if isinstance(value, list) and not value:
             like = None
         elif key in (*PER_GROUP, "lr_lambdas") and isinstance(theirs, list | tuple) and theirs:
             like = [value[0] for _ in theirs]  # it may not know of a group that was added
         if not _alike(theirs, like):
-            raise ValueError(f"{key} of {of} is {theirs!r} in the checkpoint, {value!r} here")
-        for part, ours in zip(theirs, value, strict=True) if inner else ():  # schedulers in a scheduler
-            check_settings(part, ours, f"{of}.{key}")
+            raise ValueError(
+                f"{key} of {of} is {theirs!r} in the checkpoint, {value!r} here: build the optimizer and the scheduler "
+                "as in the run that was saved"
+            )
 
 
 def _alike(value: Any, here: Any) -> bool:
@@ -264,7 +284,10 @@ def try_out(base: Optimizer, unit: float = 1.0) -> None:
         try:
             _step_a_stand_in(one, group if lr_of(group) is None else {**group, "lr": group["lr"] / unit}, p, state)
         except KeyError as error:
-            raise ValueError(f"the checkpoint has no {error} for parameter {number}") from error
+            # SGD that was built without momentum creates it when a group has some for the first time.
+            begins = isinstance(one, SGD) and not one.defaults["momentum"]
+            if not begins or any(error.args[0] in base.state.get(q, ()) for q in group["params"]):
+                raise ValueError(f"the checkpoint has no {error} for parameter {number}") from error
         except WRONG as error:
             raise ValueError(
                 f"{type(one).__name__} cannot step parameter {number} with the options and the state in the "
