@@ -33,6 +33,12 @@ def pytest(session: nox.Session, *arguments: str) -> None:
     session.run(*command, env={"OMP_NUM_THREADS": "1"})
 
 
+def environment(session: nox.Session, place: Path) -> str:
+    """A clean environment beside the session's own; its Python."""
+    session.run("python", "-m", "venv", "--clear", str(place))
+    return str(place / ("Scripts" if os.name == "nt" else "bin") / "python")
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, against the installed wheel, with branch coverage."""
@@ -63,15 +69,13 @@ def versions(session: nox.Session, torch: str) -> None:
 def exchange(session: nox.Session) -> None:
     """Checkpoints that the oldest torch writes and the newest loads, and the other way round."""
     out = Path(session.create_tmp()).resolve()
-    torches = (VERSIONS[0][1], VERSIONS[-1][1])
     script = str(ROOT / "tests" / "support" / "exchange.py")
-    for what in ("write", "read"):
-        for torch, other in (torches, torches[::-1]):
-            python = str(out / torch / ("Scripts" if os.name == "nt" else "bin") / "python")
-            if what == "write":
-                session.run("python", "-m", "venv", "--clear", str(out / torch))
-                session.run(python, "-m", "pip", "install", "-q", f"torch=={torch}", "numpy", str(ROOT), external=True)
-            session.run(python, script, what, str(out / f"by-{torch if what == 'write' else other}"), external=True)
+    pythons = {torch: environment(session, out / torch) for torch in (VERSIONS[0][1], VERSIONS[-1][1])}
+    for torch, python in pythons.items():
+        session.run(python, "-m", "pip", "install", "-q", f"torch=={torch}", "numpy", str(ROOT), external=True)
+        session.run(python, script, "write", str(out / f"by-{torch}"), external=True)
+    for torch, python in zip(pythons, reversed(pythons.values()), strict=True):
+        session.run(python, script, "read", str(out / f"by-{torch}"), external=True)
 
 
 @nox.session
@@ -267,7 +271,6 @@ def build(session: nox.Session) -> None:
         session.run("python", "-m", "build", "--outdir", str(folder), *arguments, str(ROOT), env=env)
         (wheel,) = folder.glob("manic-*.whl")
         assert wheel.name.endswith("-py3-none-any.whl") == (kind == "slow"), wheel
-        session.run("python", "-m", "venv", "--clear", str(out / kind))
-        python = str(out / kind / ("Scripts" if os.name == "nt" else "bin") / "python")
+        python = environment(session, out / kind)
         session.run(python, "-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), str(wheel), external=True)
         session.run(python, "-c", CHECK, kind, external=True)

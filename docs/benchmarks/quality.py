@@ -260,6 +260,7 @@ class Contender:
     dtype: torch.dtype = torch.float32  # of the parameters
     rule: tuple[tuple[str, Any], ...] = ()  # constants and functions of manic.scale_free, other than they are
     sparse: bool = True  # whether it takes sparse gradients
+    short: bool = False  # whether it runs in the first family alone, for the figure
 
     def usual(self, lr: float) -> bool:
         """Whether its users would give this base lr. The others show what the base lr does."""
@@ -306,12 +307,12 @@ def dog(name: str) -> Callable[[Any, nn.Module, Run], Stepper]:
 ALL = tuple(BASES)
 CONTENDERS: dict[str, Contender] = {
     "tuned": Contender("torch", ALL, (), plain),  # at the lrs of the base's grid
-    "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",)),
+    "plain": Contender("torch", ("AdamW",), ANY_LR, plain, ("cosine",), short=True),
     "manic": Contender("manic", ALL, FAR_LR, manic()),
     "manic, bfloat16": Contender("manic", ALL, (USUAL,), manic(), dtype=torch.bfloat16),
     "manic, chain per group": Contender("manic", ("Muon + AdamW",), (USUAL,), manic(per_group=True)),
     "manic, two Mechanics": Contender("manic", ("Muon + AdamW",), (USUAL,), two_mechanics),
-    "manic, paper": Contender("manic", ("AdamW",), FAR_LR, manic(variant="paper"), ("cosine",)),
+    "manic, paper": Contender("manic", ("AdamW",), FAR_LR, manic(variant="paper"), ("cosine",), short=True),
     "mechanic-pytorch": Contender("mechanic_pytorch", SHORT, (1.0,), authors, sparse=False),
     "optax mechanize": Contender(
         "optax",
@@ -456,7 +457,7 @@ def planned(cells: list[Run], contenders: Iterable[str], quick: bool) -> list[Ru
             continue
         if not contender.sparse and cell.task == "trigrams, sparse":
             continue
-        if name in ("plain", "manic, paper") and TASKS[cell.task].family != "short":  # they are for the figure
+        if contender.short and TASKS[cell.task].family != "short":
             continue
         if cell.steps >= LONG and name not in {*OVER_STEPS, *ABLATION}:
             continue

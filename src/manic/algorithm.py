@@ -142,8 +142,8 @@ class Learner:
             sums: as ``_measure()`` returns them.
             ok: whether the step counts, a 0-d bool on the tuner's device.
         """
-        options, groups, unit = self.record.options, self.base.groups, self.record.unit
-        rates = [lr_of(group, 1.0) / by for group, by in zip(groups, units(groups, unit), strict=True)]
+        options, unit = self.record.options, self.record.unit
+        rates = [lr_of(group, unit) / unit for group in self.base.groups]
         shared = [*zip(rates, strict=True)] if options.per_group else [rates]  # by the groups that share one scale
         if on_host(ok) and options.variant == "scale_free":
             return self._tune_on_host(sums, not known_false(ok), shared)
@@ -374,7 +374,7 @@ def _flats(groups: Sequence[dict[str, Any]], options: Options) -> list[Tensor]:
 
 def stored_field(groups: Sequence[dict[str, Any]], options: Options, name: str) -> Tensor:
     """A 0-d field of every learned scale that param groups hold: [k], a copy."""
-    place = TunerState.place(name, len(options.memories))
+    place = TunerState.place(name)
     return torch.stack([flat[place] for flat in _flats(groups, options)])
 
 

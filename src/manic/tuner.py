@@ -119,9 +119,9 @@ class TunerState(NamedTuple):
         return TunerState(*[[number] for number in numbers[:4]], *numbers[4:])
 
     @staticmethod
-    def place(name: str, n: int) -> int:
-        """Where a 0-d field is in the flat form."""
-        return 4 * n + TunerState._fields.index(name) - 4
+    def place(name: str) -> int:
+        """Where a 0-d field is in the flat form: counted from its end, whatever n is."""
+        return TunerState._fields.index(name) - len(TunerState._fields)
 
     def pack(self) -> Tensor:
         """The inverse of ``unpack()``, as a new tensor."""

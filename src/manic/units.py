@@ -20,9 +20,9 @@ def base_lr(groups: Sequence[Mapping[str, Any]]) -> float:
 
 
 def boost(groups: Sequence[Mapping[str, Any]]) -> float:
-    """What the lr of the base's step is multiplied with beside that.
+    """The factor on the lr of the base's step: BOOST if some parameters are bfloat16 and none is float16, else 1.
 
-    x + u in bfloat16 has 8 bits, and they are those of u where u is large beside x. float16 would overflow.
+    In bfloat16 x + u has 8 bits. They are those of u if u is large beside x. In float16 such a u would overflow.
     """
     dtypes = {p.dtype for group in groups for p in group["params"]}
     coarse = torch.bfloat16 in dtypes and torch.float16 not in dtypes
@@ -35,21 +35,20 @@ def units(groups: Iterable[Mapping[str, Any]], unit: float) -> list[float]:
 
 
 def enlarge(groups: Iterable[Mapping[str, Any]], factor: float) -> None:
-    """Change the tuner's state in the groups ("scale_free"; they share it or not) to updates so many times as large."""
-    flats = {id(group["mechanic_state"]): group["mechanic_state"] for group in groups if "mechanic_state" in group}
-    for flat in flats.values():
+    """Convert the tuner's state ("scale_free") to updates `factor` times as large. Groups may share one state."""
+    for flat in dict.fromkeys(group["mechanic_state"] for group in groups if "mechanic_state" in group):
         flat.copy_(TunerState.unpack(flat, 1).in_unit(factor).pack())
 
 
 def expect(flat: torch.Tensor, groups: Iterable[Mapping[str, Any]], unit: float) -> None:
-    """Take the lr of new groups as one that the run has seen, so that it is no warm-up of the others.
+    """Raise the highest lr so far to that of new groups, so that the rule does not take it for a warm-up of the others.
 
     Args:
         flat: the ``mechanic_state`` that the new groups will share.
         groups: the new ones.
         unit: that is divided out.
     """
-    peak = flat[TunerState.place("peak", (len(flat) - TunerState.size(0)) // 4)]
+    peak = flat[TunerState.place("peak")]
     lrs = [abs(float(lr)) / unit for group in groups if (lr := lr_of(group)) is not None]
     if lrs and bool(peak > 0):
         peak.clamp_(min=max(lrs))

@@ -1,7 +1,7 @@
 """Checkpoints that one torch writes and another loads: python tests/support/exchange.py write|read FOLDER
 
-Every run of format1.py, by today's code: with torch.save, and with torch.distributed.checkpoint. Who reads them goes on
-for some steps, and must end where the writer ended.
+Every run of format1.py, by today's code: with torch.save, and with torch.distributed.checkpoint. The reader
+continues for some steps, and must end where the writer ended.
 """
 
 from __future__ import annotations

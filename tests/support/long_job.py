@@ -5,11 +5,11 @@ every 100 steps.
 
 1. The job runs to its end on 1, on 2 and on 4 processes.
 2. On 2 processes it is killed (SIGKILL to all) at random moments, and starts again. It must end with the same bits.
-3. It begins on 1 process, is killed, goes on on 2, is killed, and ends on 4. It must end where the others ended, within
-   CLOSE of the distance that they moved.
+3. It begins on 1 process and is killed, continues on 2 and is killed, and ends on 4. It must end where the others
+   ended, within CLOSE of the distance that they moved.
 
-Every process computes the gradient of the whole batch, so that the gradients do not depend on their number. What is
-left is the order in which manic, and who clips, add up over the processes.
+Every process computes the gradient of the whole batch, so that the gradients do not depend on the number of processes.
+Only the order in which manic and the clipping add up over the processes depends on it.
 """
 
 # mypy: disable-error-code="attr-defined, import-untyped, no-untyped-call"
@@ -34,7 +34,6 @@ EVERY = 100  # steps between two checkpoints
 BATCH, MICRO = 8, 2  # windows in a micro-batch, micro-batches in a step
 NORM = 1.0  # to which the gradients are clipped
 CLOSE = 1e-6
-LATEST = 60.0  # seconds that a life lasts at most, before it is killed
 
 
 def work(out: Path, steps: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -59,12 +59,11 @@ def pack(base: Optimizer, *, spread: bool, whole: bool) -> dict[str, Any]:
     if spread:
         for group in live:
             copies[group["mechanic_state"]][-2:] = -1.0
-    for flat, copy in copies.items() if whole else ():  # the user may have taken out the state of some parameters
+    for flat in dict.fromkeys(group["mechanic_state"] for group in live) if whole else ():
+        # The user may have taken out the state of some parameters.
         mine = [p for group in live if group["mechanic_state"] is flat for p in group["params"]]
-        if mine:
-            n = (flat.numel() - TunerState.size(0)) // 4
-            there = sum(p.numel() for p in mine if not base.state.get(p, {}).keys().isdisjoint(KEPT))
-            copy[TunerState.place("numel", n)].clamp_(max=there)
+        there = sum(p.numel() for p in mine if not base.state.get(p, {}).keys().isdisjoint(KEPT))
+        copies[flat][TunerState.place("numel")].clamp_(max=there)
     # A hook of the base may have copied all that is in its state dict.
     groups = [
         {**{key: _numbers(value) for key, value in group.items()}, **{key: copies[own[key]] for key in TENSORS}}
@@ -173,7 +172,7 @@ def load(
     groups, state = state_dict["param_groups"], _rests_as(torch.int16, state_dict["state"])
     if merged is not None and merged(_is_merged(groups, state, params, live)):
         groups = [{k: v for k, v in group.items() if not k.startswith("mechanic_")} for group in groups]
-        state = {k: {n: v for n, v in values.items() if n not in KEPT} for k, values in state.items()}
+        state = _without(KEPT, state)
         state_dict = {**state_dict, "state": state, "param_groups": groups}
     if not any("mechanic_state" in group for group in groups):
         check_state(params, state, None)
@@ -185,7 +184,8 @@ def load(
         )
         return None
     saved, plan = read(groups)
-    state = _without_live_slots(state, saved)
+    # set_state_dict, with full_state_dict, merges what it loads into what is here. So other slots are the live ones.
+    state = _without(KEPT if saved.frozen else {*SLOT.values()} - {SLOT[saved.options.variant]}, state)
     check_record(saved, record)
     if schedule.scheduler is not None and plan is not None:
         check_schedule(plan, schedule.state() or {}, schedule.scheduler)
@@ -226,12 +226,10 @@ def _is_merged(
     return False
 
 
-def _without_live_slots(state: dict[Any, Any], saved: Record) -> dict[Any, Any]:
-    """A state without the slots that such a Mechanic has not. set_state_dict, with full_state_dict, merges what it
-    loads into what is here: then these are the live ones."""
-    unused = {*KEPT} if saved.frozen else {*SLOT.values()} - {SLOT[saved.options.variant]}
+def _without(names: Collection[str], state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A state without the values of these names."""
     return {
-        key: {k: v for k, v in values.items() if k not in unused} if isinstance(values, dict) else values
+        key: {k: v for k, v in values.items() if k not in names} if isinstance(values, dict) else values
         for key, values in state.items()
     }
 
@@ -269,10 +267,7 @@ def _differences(saved: Record, here: Record) -> list[str]:
 
 def _load_base(base: Optimizer, state_dict: dict[str, Any], params: Mapping[Any, Tensor]) -> None:
     """The base's own part, by its own rules, except that scalars keep their dtype."""
-    state = {
-        key: {k: v for k, v in values.items() if k not in KEPT} if isinstance(values, dict) else values
-        for key, values in state_dict["state"].items()
-    }
+    state = _without(KEPT, state_dict["state"])
     try:
         base.load_state_dict({**state_dict, "state": {key: values for key, values in state.items() if values != {}}})
     except WRONG as error:
